@@ -1,0 +1,1 @@
+"""fastllama: a drop-in LlamaForCausalLM that generates the same tokens, faster."""

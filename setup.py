@@ -1,0 +1,30 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TEST = ["pytest>=8", "hypothesis>=6.100", "gguf>=0.10", "peft>=0.17", "matplotlib>=3.8", "ruff>=0.9"]
+
+setup(
+    name="fastllama",
+    version="0.1.0",
+    description="A drop-in LlamaForCausalLM that generates the same tokens faster, and the laboratory that proves it",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["fastllama", "fastllama.*"]),
+    package_data={
+        "fastllama.demo": [
+            "heldout/*",
+            "weights/*.json",
+            "weights/target/*",
+            "weights/draft/*",
+        ]
+    },
+    install_requires=["torch>=2.11", "transformers>=5.17", "accelerate>=1.10", "tensorboard>=2.18"],
+    extras_require={
+        "test": TEST,
+        "plot": ["matplotlib>=3.8"],
+        "peft": ["peft>=0.17"],
+    },
+)
