@@ -1,1 +1,6 @@
 """fastllama: a drop-in LlamaForCausalLM that generates the same tokens, faster."""
+
+from fastllama.llama import LlamaForCausalLM
+from fastllama.model.config import FastConfig
+
+__all__ = ["FastConfig", "LlamaForCausalLM"]

@@ -1,0 +1,87 @@
+"""python -m fastllama.lab: render the log, note a prediction, draw, and fill TensorBoard."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from fastllama.lab import board, changes, plot, readme, record, words
+from fastllama.lab.sources import ROOT
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m fastllama.lab", description=__doc__)
+    parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    for name in ("changes", "readme"):
+        rendering = commands.add_parser(name, help=f"render {name} from the records in tb_logs")
+        rendering.add_argument("--check", action="store_true", help="write nothing; exit code 1 if it is out of date")
+
+    predict = commands.add_parser("predict", help="note what a change is expected to do, to commit before the run")
+    predict.add_argument("what", help="the words that --record will be given")
+    predict.add_argument("text", help="what you expect")
+
+    commands.add_parser("board", help="write TensorBoard's event files from the records")
+
+    drawing = commands.add_parser("plot", help="draw the log or a sweep").add_subparsers(dest="kind", required=True)
+    rows = drawing.add_parser("rows", help="decode tok/s of each row of one group, beside vanilla")
+    rows.add_argument("--group", help="part of the group's machine or workload (default: the newest record's group)")
+    sweep = drawing.add_parser("sweep", help="tok/s against batch size or prompt length")
+    sweep.add_argument("file", type=Path, help="what run_llama.py --json wrote")
+    for part in (rows, sweep):
+        part.add_argument("-o", "--output", type=Path, required=True, help="a .png or .svg file")
+    return parser
+
+
+def _render(arguments, records: list[dict]) -> int:
+    if arguments.command == "changes":
+        current = changes.is_current(records, arguments.root)
+        if not arguments.check:
+            changes.write(records, arguments.root)
+        name = changes.NAME
+    else:
+        current = readme.write(records, arguments.root, arguments.check)
+        name = readme.NAME
+    if arguments.check and not current:
+        print(f"{name} is out of date: run python -m fastllama.lab {arguments.command}", file=sys.stderr)
+        return 1
+    print(f"{name}: {'up to date' if current else 'written'}, {len(records)} records")
+    return 0
+
+
+def _run(arguments) -> int:
+    if arguments.command == "predict":
+        path = words.predict(arguments.what, arguments.text, arguments.root)
+        print(f"noted in {path}: commit it, then run with --record {arguments.what!r}")
+        return 0
+    if arguments.command == "plot" and arguments.kind == "sweep":
+        if not arguments.file.exists():
+            raise FileNotFoundError(f"there is no file {arguments.file}")
+        print(plot.sweep(record.read_jsonl(arguments.file), arguments.output))
+        return 0
+    records = record.read_all(arguments.root)
+    if arguments.command in ("changes", "readme"):
+        return _render(arguments, records)
+    if arguments.command == "board":
+        count = board.write_all(records, arguments.root / words.LOGS)
+        print(f"{count} records written for tensorboard --logdir {words.LOGS}")
+        return 0
+    print(plot.rows(plot.choose(records, arguments.group), arguments.output))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: 0, 1 where --check finds a difference, 2 (and one sentence) on bad input."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return _run(arguments)
+    except (ValueError, OSError) as error:
+        if arguments.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""Contestants: models that generate on the same workload, sharing one copy of the weights.
+
+B batch, P prompt tokens, N new tokens
+"""
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+import fastllama
+from fastllama.lab import checkpoint, vanilla
+from fastllama.lab.checkpoint import Checkpoint
+from fastllama.lab.fault import explained
+from fastllama.lab.parity import output_hash
+from fastllama.lab.point import Point
+from fastllama.lab.workload import Prompt
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device's work, so that a clock sees all of it."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+@dataclass
+class Contestant:
+    """One way to generate, and what was seen of it. Times in seconds."""
+
+    name: str  # "ours", "vanilla" or "compiled"
+    model: torch.nn.Module
+    load_s: float | None = None
+    compile_s: float = 0.0
+    warmup_s: float = 0.0
+    runs: list[dict] = field(default_factory=list)
+    outputs: dict[str, torch.Tensor] = field(default_factory=dict)  # by hash, in the order they appeared
+    _path: str | None = None
+
+    def generate(self, prompt: Prompt, new_tokens: int) -> tuple[torch.Tensor, float]:
+        """(new ids int64 [B, N] on the CPU, seconds of the call); greedy, exactly `new_tokens`."""
+        device = self.model.device
+        input_ids, attention_mask = prompt.input_ids.to(device), prompt.attention_mask.to(device)
+        # transformers would compile a static cache's forward by itself on a GPU; ours is compiled already.
+        extra = {"cache_implementation": "static", "disable_compile": True} if self.name == "compiled" else {}
+        with torch.no_grad(), explained(f"{self.name}, batch {len(input_ids)}, generating"):
+            synchronize(device)
+            start = time.perf_counter()
+            ids = self.model.generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                min_new_tokens=new_tokens,
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                **extra,
+            )
+            synchronize(device)
+            seconds = time.perf_counter() - start
+        new_ids = ids[:, input_ids.shape[1] :].cpu()
+        if new_ids.shape != (len(input_ids), new_tokens):
+            raise RuntimeError(f"{self.name} returned {tuple(new_ids.shape)} new tokens and not {new_tokens} a row")
+        return new_ids, seconds
+
+    def warm_up(self, prompt: Prompt, new_tokens: int, times: int) -> None:
+        """Run both timed calls `times` times. The longer comes first, so that a static cache has its final size."""
+        if self.name == "compiled":
+            # Its graphs are made by its first calls; ours were made by preallocate.
+            self.compile_s = self._both(prompt, new_tokens)
+        self.warmup_s = sum(self._both(prompt, new_tokens) for _ in range(times))
+
+    def _both(self, prompt: Prompt, new_tokens: int) -> float:
+        return self.generate(prompt, new_tokens)[1] + self.generate(prompt, 1)[1]
+
+    def time_whole(self, prompt: Prompt, new_tokens: int) -> None:
+        """Begin a run: t_N. The ids are kept, so that a run which gives others is noticed."""
+        new_ids, seconds = self.generate(prompt, new_tokens)
+        self.runs.append({"total_s": seconds})
+        self.outputs.setdefault(output_hash(new_ids), new_ids)
+
+    def time_first(self, prompt: Prompt) -> None:
+        """End a run: t_1."""
+        self.runs[-1]["first_s"] = self.generate(prompt, 1)[1]
+
+    @property
+    def path(self) -> str:
+        """What ran, in words; ours as it says itself after a call."""
+        if self.name == "ours":
+            return self.model.path
+        return "transformers, eager" if self._path is None else self._path
+
+
+def _preallocate(model, point: Point) -> float:
+    start = time.perf_counter()
+    with explained(f"{point.model}, batch {point.workload.batch_size}, cache of {point.positions}"):
+        model.preallocate(batch_size=point.workload.batch_size, cache_length=point.positions, config=point.config)
+    synchronize(model.device)
+    return time.perf_counter() - start
+
+
+def load_alone(point: Point, found: Checkpoint, name: str, pad: int) -> Contestant:
+    """One contestant by itself, as its user would load it: compiled and preallocated as the point says."""
+    cls = fastllama.LlamaForCausalLM if name == "ours" else vanilla.LlamaForCausalLM
+    model, seconds = checkpoint.load(found, cls, point.torch_dtype, torch.device(point.device))
+    vanilla.plain_greedy(model, pad)
+    contestant = Contestant(name, model, load_s=seconds)
+    if name == "ours":
+        contestant.compile_s = _preallocate(model, point)
+    elif name == "compiled":
+        vanilla.compile_forward(model, point.compile)
+        contestant._path = f"transformers, static cache, compiled {point.compile}"
+    return contestant
+
+
+def load_all(point: Point, found: Checkpoint, pad: int) -> list[Contestant]:
+    """The point's contestants, the subject first; those after it share its weights and load nothing."""
+    subject = load_alone(point, found, point.contestants[0], pad)
+    others = []
+    for name in point.contestants[1:]:
+        model = vanilla.share(subject.model, found.config)
+        model.generation_config = subject.model.generation_config
+        others.append(Contestant(name, model))
+    return [subject, *others]

@@ -1,0 +1,64 @@
+"""The figures of a measured point, derived from its raw samples."""
+
+from statistics import median
+
+# The fields of a point, and of its baseline, that follow from `runs`.
+DERIVED = ("tok_per_s", "decode_tok_per_s", "row_tok_per_s", "ttft_ms")
+
+
+def samples(runs: list[dict], batch_size: int, new_tokens: int) -> dict[str, list[float]]:
+    """One value per run of each derived figure.
+
+    runs: [{"total_s": t_N, "first_s": t_1}, ...], seconds of a whole call and of a call for one token.
+    Without a second token (new_tokens 1) nothing is decoded and the decode lists are empty. So is a run's
+    decode sample whose t_N is not above t_1 (noise larger than the decoding): it is left out.
+    """
+    decode = [
+        batch_size * (new_tokens - 1) / (run["total_s"] - run["first_s"])
+        for run in runs
+        if new_tokens > 1 and run["total_s"] > run["first_s"]
+    ]
+    return {
+        "tok_per_s": [batch_size * new_tokens / run["total_s"] for run in runs],
+        "decode_tok_per_s": decode,
+        "row_tok_per_s": [value / batch_size for value in decode],
+        "ttft_ms": [1000 * run["first_s"] for run in runs],
+    }
+
+
+def summary(runs: list[dict], batch_size: int, new_tokens: int) -> dict[str, float | None]:
+    """The median of each derived figure over the runs; None where no run has a sample."""
+    values = samples(runs, batch_size, new_tokens)
+    return {name: median(values[name]) if values[name] else None for name in DERIVED}
+
+
+def spread(point: dict, name: str = "decode_tok_per_s", baseline: bool = False) -> tuple[float, float] | None:
+    """Smallest and largest sample of figure `name` of a point (or of its baseline); None without samples."""
+    source = point["baseline"] if baseline else point
+    values = samples(source["runs"], point["batch_size"], point["new_tokens"])[name]
+    return (min(values), max(values)) if values else None
+
+
+def overlap(first: tuple[float, float] | None, second: tuple[float, float] | None) -> bool:
+    """True if two spreads share a value, so that no difference may be claimed; also if either is unknown."""
+    return first is None or second is None or (first[0] <= second[1] and second[0] <= first[1])
+
+
+def workload(point: dict) -> tuple:
+    """What was asked of which model: (model, dtype, batch_size, prompt_length, new_tokens)."""
+    return tuple(point[name] for name in ("model", "dtype", "batch_size", "prompt_length", "new_tokens"))
+
+
+def workload_name(point: dict) -> str:
+    """The workload as a heading: "demo fp32, batch 1, prompt 1000, 200 new tokens"."""
+    model, dtype, batch_size, prompt_length, new_tokens = workload(point)
+    return f"{model} {dtype}, batch {batch_size}, prompt {prompt_length}, {new_tokens} new tokens"
+
+
+def machine_name(point: dict) -> str:
+    """Processor (or accelerator), threads and torch version: speeds are compared within these only."""
+    environment = point["environment"]
+    if point["device"] == "cpu":
+        threads = f"{environment['threads']} thread{'s' if environment['threads'] != 1 else ''}"
+        return f"{environment['cpu']}, {threads}, torch {environment['torch']}"
+    return f"{environment['gpu']}, torch {environment['torch']}"

@@ -1,0 +1,160 @@
+"""Measure a point: vanilla and ours interleaved in one process, on the same weights and the same prompts."""
+
+import gc
+from collections.abc import Callable
+from dataclasses import asdict
+
+import torch
+from torch._dynamo.utils import counters
+
+from fastllama.lab import checkpoint, contestant, memory, workload
+from fastllama.lab.ceiling import Ceiling, step_bytes
+from fastllama.lab.contestant import Contestant
+from fastllama.lab.environment import environment
+from fastllama.lab.figures import summary
+from fastllama.lab.parity import Divergence, compare, output_hash, top_margin, worst
+from fastllama.lab.point import Point
+from fastllama.lab.vanilla import eos_ids
+from fastllama.lab.workload import Prompt
+
+SCHEMA = 1
+_SAMPLE_CHARACTERS = 200
+
+
+def steps(point: Point) -> int:
+    """How often `measure` reports progress."""
+    return 2 * len(point.contestants) + point.runs + 2
+
+
+def measure(point: Point, progress: Callable[[str], None] = lambda doing: None) -> dict:
+    """The point's record, schema 1. `progress` is told what begins.
+
+    Raises `ValueError`, `OSError` or `MemoryError` in one sentence for what cannot be measured.
+    """
+    device = torch.device(point.device)
+    found = checkpoint.find(point.model, point.torch_dtype)
+    tokenizer = checkpoint.tokenizer(found)
+    checkpoint.require_room(found, point)
+    prompt = workload.prompt(point.workload, tokenizer)
+    progress("loading")
+    ceiling = Ceiling(device)
+    ceiling.measure()
+    contestants = contestant.load_all(point, found, workload.pad_id(tokenizer))
+    try:
+        recompiles = _time(point, contestants, prompt, progress)
+        progress("comparing")
+        ceiling.measure()
+        record = _record(point, contestants, prompt, tokenizer, recompiles, ceiling.gb_per_s)
+    finally:
+        _release(point, contestants)
+    # Last, since two copies of the weights at once might not fit, and since these processes would leave
+    # compiled code on the disk, so that compile_s would never be what a first run takes.
+    for name, measured in zip(point.contestants, (record, record["baseline"]), strict=False):
+        progress(f"memory of {name}")
+        peaks = asdict(memory.peaks(point, name))
+        load_s = peaks.pop("load_s")
+        measured.update(peaks)
+        # A contestant that shares the other's weights loads nothing here, but in its own process it did.
+        measured["load_s"] = load_s if measured["load_s"] is None else measured["load_s"]
+    return record
+
+
+def _time(point: Point, contestants: list[Contestant], prompt: Prompt, progress) -> int:
+    """Warm up and run, alternating who goes first; returns the graphs compiled after warm-up."""
+    new_tokens = point.workload.new_tokens
+    for each in contestants:
+        progress(f"warming up {each.name}")
+        each.warm_up(prompt, new_tokens, point.warmup)
+    graphs = counters["stats"]["unique_graphs"]
+    for run in range(point.runs):
+        progress(f"run {run + 1} of {point.runs}")
+        order = contestants[::-1] if run % 2 == 0 else contestants
+        for each in order:
+            each.time_whole(prompt, new_tokens)
+        for each in order:
+            each.time_first(prompt)
+    return counters["stats"]["unique_graphs"] - graphs
+
+
+def _release(point: Point, contestants: list[Contestant]) -> None:
+    for each in contestants:
+        if each.name == "ours":
+            each.model.free()
+    contestants.clear()
+    gc.collect()
+    if point.compile != "no":
+        # The next point has other shapes; their graphs must not count against this one's limit.
+        torch._dynamo.reset()
+    if point.device != "cpu":
+        torch.accelerator.empty_cache()
+
+
+def _parity(point: Point, subject: Contestant, reference: Contestant, prompt: Prompt):
+    """(verdict, divergence, hash, ids [B, N]) of the subject's worst run."""
+    reference_BN = next(iter(reference.outputs.values()))
+
+    def margin(row: int, position: int) -> float:
+        real = prompt.input_ids[row, -prompt.lengths[row] :]
+        tokens = torch.cat([real, reference_BN[row, :position]])[None].to(reference.model.device)
+        with torch.no_grad():
+            logits = reference.model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits[0, -1]
+        # As many new tokens as asked for were made, so the end of the text was never allowed.
+        return top_margin(logits, eos_ids(reference.model))
+
+    judged = {}
+    for name, ids_BN in subject.outputs.items():
+        judged[name] = compare(ids_BN, reference_BN, point.dtype, margin)
+    verdict = worst([verdict for verdict, _ in judged.values()])
+    name = next(name for name, judgement in judged.items() if judgement[0] == verdict)
+    return verdict, judged[name][1], name, subject.outputs[name]
+
+
+def _figures(point: Point, each: Contestant) -> dict:
+    return {
+        "path": each.path,
+        **summary(each.runs, point.workload.batch_size, point.workload.new_tokens),
+        "load_s": each.load_s,
+        "warmup_s": each.warmup_s,
+        "runs": each.runs,
+    }
+
+
+def _ratio(above: float | None, below: float | None) -> float | None:
+    return None if above is None or not below else above / below
+
+
+def _record(point: Point, contestants, prompt: Prompt, tokenizer, recompiles: int, ceiling: float) -> dict:
+    subject = contestants[0]
+    reference = contestants[1] if len(contestants) > 1 else subject
+    reference_hash = next(iter(reference.outputs))
+    verdict, divergence, name, ids_BN = _parity(point, subject, reference, prompt)
+    ours = _figures(point, subject)
+    baseline = None
+    if reference is not subject:
+        baseline = {**_figures(point, reference), "hash": reference_hash}
+    against = baseline or ours
+    steps_per_s = ours["row_tok_per_s"]
+    step = step_bytes(reference.model, prompt.lengths, point.workload.new_tokens)
+    read = None if steps_per_s is None else step * steps_per_s / 1e9
+    return {
+        "schema": SCHEMA,
+        **point.identity(),
+        **ours,
+        "compile_s": subject.compile_s,
+        "hash": name,
+        "reference_hash": reference_hash,
+        "parity": "reference" if baseline is None else verdict,
+        "first_divergence": asdict(divergence) if isinstance(divergence, Divergence) else None,
+        "recompiles_after_warmup": recompiles,
+        "baseline": baseline,
+        "speedup": ours["tok_per_s"] / against["tok_per_s"],
+        "decode_speedup": _ratio(ours["decode_tok_per_s"], against["decode_tok_per_s"]),
+        "prompt_hash": output_hash(prompt.input_ids),
+        "read_gb_per_s": read,
+        "ceiling_gb_per_s": ceiling,
+        "ceiling_fraction": _ratio(read, ceiling),
+        "distinct_tokens": len(set(ids_BN[0].tolist())),
+        "text_sample": tokenizer.decode(ids_BN[0])[:_SAMPLE_CHARACTERS],
+        "environment": environment(torch.device(point.device)),
+        "command": point.command(),
+    }

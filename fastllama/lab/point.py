@@ -1,0 +1,135 @@
+"""A point: one workload on one model, and how it is to be run and measured."""
+
+import shlex
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+import fastllama
+from fastllama.lab.workload import Workload
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Point:
+    """Everything that a measurement needs; as JSON (`asdict`) it goes to another process and comes back.
+
+    switches: the `FastConfig` fields that were given. Without `preallocate` transformers' own model runs, and
+    of the switches only `compile` means something: any other raises `ValueError`, as does a cache_length, or
+    one that is too short for prompt and new tokens.
+    """
+
+    model: str
+    dtype: str
+    device: str
+    workload: Workload
+    preallocate: bool = False
+    switches: dict = field(default_factory=dict)
+    cache_length: int | None = None
+    runs: int = 5
+    warmup: int = 2
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype {self.dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+        if self.runs < 1 or self.warmup < 0:
+            raise ValueError(f"runs must be at least 1 and warmup at least 0, not {self.runs} and {self.warmup}")
+        if self.preallocate:
+            self._config()
+        else:
+            given = sorted(self.switches.keys() - {"compile"}) + ["cache_length"] * (self.cache_length is not None)
+            if given:
+                flags = ", ".join(_flag(name) for name in given)
+                raise ValueError(f"{flags} needs --preallocate: transformers' own model has no such switch")
+        if self.cache_length is not None and self.cache_length < self.workload.total_length:
+            raise ValueError(
+                f"a cache of {self.cache_length} positions is too short for a prompt of "
+                f"{self.workload.prompt_length} and {self.workload.new_tokens} new tokens"
+            )
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Point":
+        """The point that `asdict` was taken of."""
+        return cls(**{**values, "workload": Workload(**values["workload"])})
+
+    def _config(self):
+        known = fastllama.FastConfig.__dataclass_fields__
+        unknown = sorted(self.switches.keys() - known.keys())
+        if unknown:
+            raise ValueError(f"{_flag(unknown[0])} is not a switch of this version; it has {', '.join(known)}")
+        return fastllama.FastConfig(**self.switches)
+
+    @property
+    def config(self):
+        """The `FastConfig` of a preallocated run."""
+        return self._config()
+
+    @property
+    def compile(self) -> str:
+        """What is compiled; "fullgraph" is another word for "static"."""
+        mode = self.config.compile if self.preallocate else self.switches.get("compile", "no")
+        return "static" if mode == "fullgraph" else mode
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def contestants(self) -> tuple[str, ...]:
+        """Who runs: the subject first, then what it is compared with."""
+        if self.preallocate:
+            return ("ours", "vanilla")
+        return ("vanilla",) if self.compile == "no" else ("compiled", "vanilla")
+
+    @property
+    def positions(self) -> int:
+        """Cache positions a row reserves."""
+        return self.cache_length or self.workload.total_length
+
+    @property
+    def model_name(self) -> str:
+        """The model without a path: the name of its folder, or what it is called."""
+        return _name(self.model)
+
+    def identity(self) -> dict:
+        """What names this point in its record; transformers' own model has none of our switches."""
+        config = asdict(self.config) if self.preallocate else {}
+        return {
+            "model": self.model_name,
+            "dtype": self.dtype,
+            "device": torch.device(self.device).type,
+            "batch_size": self.workload.batch_size,
+            "prompt_length": self.workload.prompt_length,
+            "new_tokens": self.workload.new_tokens,
+            "cache_length": self.positions,
+            "seed": self.workload.seed,
+            "switches": {"preallocate": self.preallocate, **config, "compile": self.compile},
+        }
+
+    def command(self) -> str:
+        """The command line that measures this point alone; a path is given by its last part."""
+        words = ["python", "run_llama.py", "--model", self.model_name, "--dtype", self.dtype, "--device", self.device]
+        words += ["--preallocate"] if self.preallocate else []
+        words += ["--compile", self.compile]
+        for name, value in sorted(self.switches.items()):
+            if name != "compile":
+                words += [_flag(name), str(value)]
+        sizes = {name: value for name, value in asdict(self.workload).items() if name != "prompt_file"}
+        sizes["cache_length"] = self.cache_length
+        for name, value in {**sizes, "runs": self.runs, "warmup": self.warmup}.items():
+            words += [_flag(name), str(value)] if value is not None else []
+        if self.workload.prompt_file is not None:
+            words += ["--prompt-file", Path(self.workload.prompt_file).name]
+        return shlex.join(words)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _name(model: str) -> str:
+    # A folder's path is this machine's business; its name is not.
+    path = Path(model).expanduser()
+    return path.resolve().name if path.is_dir() else model

@@ -1,0 +1,111 @@
+"""The tables that a run prints."""
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from fastllama.lab.figures import spread, workload_name
+
+_PARITY_STYLES = {"exact": "green", "reference": "dim", "tie": "yellow", "half": "yellow", "differs": "bold red"}
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def _cell(point: dict, name: str, baseline: bool) -> str:
+    """The median, and below it the smallest and the largest sample."""
+    source = point["baseline"] if baseline else point
+    ends = spread(point, name, baseline)
+    if ends is None or len(source["runs"]) < 2:
+        return _number(source[name])
+    return "\n".join([_number(source[name]), *map(_number, ends)])
+
+
+def _row(point: dict, baseline: bool) -> list:
+    source = point["baseline"] if baseline else point
+    is_reference = baseline or point["baseline"] is None
+    name = "vanilla" if is_reference else "ours" if point["switches"]["preallocate"] else "compiled"
+    parity = "reference" if is_reference else point["parity"]
+    speedup = "1.00x" if is_reference else f"{point['speedup']:.2f}x"
+    decode = None if is_reference else point["decode_speedup"]
+    return [
+        name + ("\n  min\n  max" if len(source["runs"]) > 1 else ""),
+        *(_cell(point, name, baseline) for name in ("tok_per_s", "decode_tok_per_s", "ttft_ms")),
+        _number(source["max_mem_mb"]),
+        source["hash"],
+        Text(parity, style=_PARITY_STYLES[parity]),
+        speedup if decode is None else f"{speedup}\n({decode:.2f}x)",
+    ]
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} s"
+
+
+def _notes(point: dict, is_random: bool) -> list:
+    baseline = point["baseline"]
+    lines = [] if baseline is None else [f"vanilla's path: {baseline['path']}"]
+    lines.append(f"{'path' if baseline is None else 'path measured'}: {point['path']}")
+    if point["ceiling_fraction"] is not None:
+        lines.append(
+            f"{point['ceiling_fraction']:.0%} of the ceiling: decoding reads {point['read_gb_per_s']:.2f} GB/s "
+            f"of the {point['ceiling_gb_per_s']:.1f} GB/s measured here"
+        )
+    lines.append(
+        f"load {_seconds(point['load_s'])}, compile {_seconds(point['compile_s'])}, "
+        f"warm-up {_seconds(point['warmup_s'])}; recompiles after warm-up: {point['recompiles_after_warmup']}; "
+        f"medians of {len(point['runs'])}"
+    )
+    found = point["first_divergence"]
+    if found is not None:
+        lines.append(
+            f"first divergence: row {found['row']}, new token {found['position']}, "
+            f"where the reference's top-1/top-2 margin is {found['margin']:.2g}"
+        )
+    if point["parity"] == "differs":
+        lines.append(Text("the outputs differ from vanilla transformers: this speed is not for the same text", "red"))
+    if is_random:
+        lines.append(Text("random weights: they say nothing about quality or acceptance", "yellow"))
+    return lines
+
+
+def point_table(point: dict, is_random: bool) -> Group:
+    """One measured point: vanilla beside what was measured, and below it what one must know to trust it."""
+    length = f", cache {point['cache_length']}" if point["switches"]["preallocate"] else ""
+    title = f"{workload_name(point)}{length}, on {point['device']}"
+    table = Table(title=title, title_justify="left", padding=(0, 0, 0, 1))
+    for name, justify in (
+        ("", "left"),
+        ("tok/s", "right"),
+        ("decode\ntok/s", "right"),
+        ("first\ntoken ms", "right"),
+        ("peak\nMB", "right"),
+        ("hash", "left"),
+        ("parity", "left"),
+        ("speed-up\n(decode)", "right"),
+    ):
+        table.add_column(name, justify=justify, no_wrap=True)
+    if point["baseline"] is not None:
+        table.add_row(*_row(point, baseline=True))
+    table.add_row(*_row(point, baseline=False))
+    # Not as markup: a path may hold brackets.
+    return Group(table, *(line if isinstance(line, Text) else Text(line) for line in _notes(point, is_random)))
+
+
+def summary_table(points: list[dict]) -> Table:
+    """Several points, one row each."""
+    table = Table(title="all points", title_justify="left", padding=(0, 0, 0, 1))
+    for name in ("batch", "prompt", "new", "tok/s", "decode tok/s", "first token ms", "peak MB", "speed-up"):
+        table.add_column(name, justify="right")
+    table.add_column("parity")
+    for point in points:
+        table.add_row(
+            *(str(point[name]) for name in ("batch_size", "prompt_length", "new_tokens")),
+            *(_number(point[name]) for name in ("tok_per_s", "decode_tok_per_s", "ttft_ms", "max_mem_mb")),
+            f"{point['speedup']:.2f}x",
+            Text(point["parity"], style=_PARITY_STYLES[point["parity"]]),
+        )
+    return table

@@ -1,0 +1,7 @@
+"""LlamaForCausalLM: transformers' class, so far unchanged."""
+
+import transformers
+
+
+class LlamaForCausalLM(transformers.LlamaForCausalLM):
+    """A `transformers.LlamaForCausalLM`."""

@@ -1,0 +1,217 @@
+"""Measure a Llama: vanilla transformers, or ours beside it. `python run_llama.py --help` lists the switches."""
+
+import argparse
+import sys
+import traceback
+from pathlib import Path
+
+# What is measured without --batch-size, --prompt-length and --new-tokens. Several sizes make a product.
+BATCH_SIZES = [1]
+PROMPT_LENGTHS = [1000]
+NEW_TOKENS = [200]
+WARMUP_RUNS = 2
+NUM_RUNS = 5
+
+LOGS = Path(__file__).resolve().parent / "tb_logs"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"error: {message} (--help lists what is possible)\n")
+
+
+def _size(text: str) -> int:
+    return _at_least(1, text)
+
+
+def _count(text: str) -> int:
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{value} is below {least}")
+    return value
+
+
+def _sizes(text: str) -> list[int]:
+    return [_size(part) for part in text.split(",")]
+
+
+def _words(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(description=__doc__, allow_abbrev=False)
+    what = parser.add_argument_group("what runs")
+    what.add_argument(
+        "--model",
+        default="demo",
+        help="demo, random:NAME, inflated:NAME, a checkpoint's folder or hub name (%(default)s)",
+    )
+    what.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
+    what.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (%(default)s)")
+    what.add_argument("--preallocate", action="store_true", help="run ours beside vanilla transformers")
+    what.add_argument(
+        "--compile",
+        choices=("no", "static", "dynamic", "fullgraph"),
+        default="no",
+        help="compile ours, or without --preallocate vanilla's forward; fullgraph is another word for static",
+    )
+    what.add_argument("--bucket", type=_size, help="cache positions that a step reads are rounded up to this")
+    what.add_argument("--prefill-chunk", type=_size, help="prompt tokens per prefill pass")
+    what.add_argument("--fuse", help="which products that share an input run as one: all, qkv or no")
+    sizes = parser.add_argument_group("sizes (comma lists make a product)")
+    sizes.add_argument("--batch-size", type=_sizes, help=f"rows ({BATCH_SIZES})")
+    sizes.add_argument("--prompt-length", type=_sizes, help=f"tokens of the longest row ({PROMPT_LENGTHS})")
+    sizes.add_argument("--new-tokens", type=_sizes, help=f"tokens to generate ({NEW_TOKENS})")
+    sizes.add_argument("--cache-length", type=_size, help="positions to preallocate (prompt + new tokens)")
+    sizes.add_argument("--prompt-file", help="UTF-8 text to cut prompts from (the demo's held-out text)")
+    sizes.add_argument("--seed", type=_count, default=0, help="which places of the text (%(default)s)")
+    how = parser.add_argument_group("how it is measured")
+    how.add_argument("--runs", type=_size, help=f"timed runs ({NUM_RUNS}; 10 in a sweep)")
+    how.add_argument("--warmup", type=_count, default=WARMUP_RUNS, help="runs before them (%(default)s)")
+    how.add_argument("--sweep", choices=("batch", "length"), help="batch 1 to 128, or prompts of 100 to 1600 tokens")
+    how.add_argument("--profile", action="store_true", help="trace one run of 10 new tokens instead of timing")
+    out = parser.add_argument_group("what is kept")
+    out.add_argument("--json", type=Path, metavar="FILE", help="append each point as one line; a sweep resumes from it")
+    out.add_argument("--record", type=_words, metavar="WHAT", help="add a row to changes.md: what changed")
+    out.add_argument("--predict", type=_words, metavar="TEXT", help="with --record: what you expect")
+    out.add_argument("--commit", metavar="SHA", help="with --record, in a copied tree: the commit it is a copy of")
+    out.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.record is None and (options.predict is not None or options.commit is not None):
+        parser.error("--predict and --commit belong to --record")
+    if options.profile and (options.sweep or options.json or options.record):
+        parser.error("--profile leaves a trace and no record: leave out --sweep, --json and --record")
+    return options
+
+
+def _points(options: argparse.Namespace) -> list:
+    from fastllama.lab import checkpoint, sweep, trace
+    from fastllama.lab.point import Point
+
+    batch_sizes = sweep.BATCH_SIZES if options.sweep == "batch" else BATCH_SIZES
+    prompt_lengths = sweep.PROMPT_LENGTHS if options.sweep == "length" else PROMPT_LENGTHS
+    new_tokens = [trace.NEW_TOKENS] if options.profile else NEW_TOKENS
+    works = sweep.workloads(
+        options.batch_size or batch_sizes,
+        options.prompt_length or prompt_lengths,
+        options.new_tokens or new_tokens,
+        seed=options.seed,
+        prompt_file=options.prompt_file,
+    )
+    given = {name: getattr(options, name) for name in ("compile", "bucket", "prefill_chunk", "fuse")}
+    how = {
+        "preallocate": options.preallocate,
+        "switches": {name: value for name, value in given.items() if value is not None},
+        "cache_length": options.cache_length,
+        "runs": options.runs or (1 if options.profile else sweep.RUNS if options.sweep else NUM_RUNS),
+        "warmup": options.warmup,
+    }
+    device = checkpoint.auto_device() if options.device == "auto" else checkpoint.check_device(options.device)
+    # Whatever can be refused is refused before a model is looked at.
+    points = [Point(options.model, "fp32", device, work, **how) for work in works]
+    dtype = checkpoint.auto_dtype(options.model, device) if options.dtype == "auto" else options.dtype
+    return [Point(options.model, dtype, device, point.workload, **how) for point in points]
+
+
+def _warn(points: list) -> None:
+    from fastllama.lab import checkpoint
+
+    point = points[0]
+    if point.dtype == "fp16" and point.device == "cpu":
+        print("warning: fp16 is slow on a CPU, which computes it through fp32; fp32 or bf16 suit it", file=sys.stderr)
+    found = checkpoint.find(point.model, point.torch_dtype)
+    longest = max(point.positions for point in points)
+    # preallocate says so itself.
+    if not point.preallocate and longest > found.config.max_position_embeddings:
+        print(
+            f"warning: {longest} positions are more than the {found.config.max_position_embeddings} "
+            f"(max_position_embeddings) that {point.model_name} was made for",
+            file=sys.stderr,
+        )
+
+
+def _run(options: argparse.Namespace) -> int:
+    from huggingface_hub.utils import logging as hub_logging
+    from rich.console import Console
+    from transformers.utils import logging
+
+    from fastllama import demo
+    from fastllama.lab import measure, record, sweep, table, trace
+    from fastllama.lab.progress import progress
+
+    logging.disable_progress_bar()  # one bar at a time
+    hub_logging.set_verbosity_error()  # a hub out of reach is one error, not ten retries
+    if options.record is not None:
+        record.check_recordable(options.commit)
+    points = _points(options)
+    _warn(points)
+    console = Console()
+    if options.profile:
+        for point in points:
+            with progress(3) as begin:
+                operators, path = trace.trace(point, LOGS / "traces", begin)
+            console.print(operators)
+            print(f"trace: {path}")
+        return 0
+    file = options.json
+    if file is None and options.sweep:
+        file = LOGS / "sweeps" / sweep.file_name(options.sweep, points[0])
+        file.parent.mkdir(parents=True, exist_ok=True)
+
+    def show(point: dict) -> None:
+        console.print(table.point_table(point, demo.is_random(options.model)))
+        if options.record is not None:
+            print(f"recorded: {record.save(point, options.record, options.predict, options.commit)}")
+
+    with progress(sum(measure.steps(point) for point in points)) as begin:
+        records, failures = sweep.run(
+            points, file=file, resume=options.sweep is not None, begin=begin, show=show, say=_say
+        )
+    if len(points) > 1:
+        console.print(table.summary_table(records))
+    return 2 if failures else 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns its exit code: 0, or 2 after an error (which is one sentence on stderr)."""
+    options = _parse(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(options)
+    except KeyboardInterrupt:
+        _say("interrupted; what was measured is kept")
+        return 130
+    except Exception as fault:
+        if options.debug:
+            traceback.print_exc()
+            return 2
+        from fastllama.lab.fault import sentence
+
+        # A failure that nobody wrote a sentence for is a fault of this program, and says where to look.
+        if isinstance(fault, (ValueError, OSError, MemoryError)):
+            _say(f"error: {sentence(fault)}")
+        else:
+            _say(f"error: {type(fault).__name__}: {sentence(fault)} (--debug shows where)")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
