@@ -2,5 +2,6 @@
 
 from fastllama.llama import LlamaForCausalLM
 from fastllama.model.config import FastConfig
+from fastllama.registration import register, unregister
 
-__all__ = ["FastConfig", "LlamaForCausalLM"]
+__all__ = ["FastConfig", "LlamaForCausalLM", "register", "unregister"]

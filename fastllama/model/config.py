@@ -1,14 +1,46 @@
 """FastConfig: the switches, validated in one place."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+
+_COMPILE = ("no",)
+_FUSE = ("kv", "no")
+
+
+def _switch(default, help: str, allowed: str, lossless: bool = True):
+    return field(default=default, metadata={"help": help, "allowed": allowed, "lossless": lossless})
 
 
 @dataclass(frozen=True)
 class FastConfig:
-    """How to generate. A value that is not allowed raises `ValueError` before any work."""
+    """How to generate. Every field is a switch; a value that is not allowed raises `ValueError` before any work."""
 
-    compile: str = field(default="no", metadata={"help": "compile the decode step", "allowed": "no", "lossless": True})
+    compile: str = _switch(
+        "no",
+        "compile the decode step",
+        "no",
+    )
+    bucket: int = _switch(
+        256, "a step reads the used part of the cache, rounded up to a multiple of this", "an integer >= 16"
+    )
+    prefill_chunk: int | None = _switch(
+        None, "prompt tokens per prefill pass; None takes the whole prompt at once", "None or an integer >= 16"
+    )
+    fuse: str = _switch("kv", "products that share an input run as one: key/value", "kv, no")
 
     def __post_init__(self):
-        if self.compile != "no":
-            raise ValueError(f"compile={self.compile!r} is not allowed; allowed: no")
+        for switch in fields(self):
+            value = getattr(self, switch.name)
+            if not _IS_ALLOWED[switch.name](value):
+                raise ValueError(f"{switch.name}={value!r} is not allowed; allowed: {switch.metadata['allowed']}")
+
+
+def _at_least_16(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 16
+
+
+_IS_ALLOWED = {
+    "compile": lambda value: value in _COMPILE,
+    "bucket": _at_least_16,
+    "prefill_chunk": lambda value: value is None or _at_least_16(value),
+    "fuse": lambda value: value in _FUSE,
+}

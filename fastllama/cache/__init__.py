@@ -1,0 +1,1 @@
+"""Preallocated keys, values and attention mask; the only floor that touches cache storage."""

@@ -1,0 +1,60 @@
+"""FloatCache: preallocated keys and values in the model's own dtype.
+
+Legend: B batch, Q query tokens, S cache positions, K kv heads, D head dim.
+"""
+
+import torch
+
+from fastllama.cache.budget import CacheShape, require
+
+
+class FloatCache:
+    """Storage for `shape.cache_length` positions a row, with the row's write position beside it.
+
+    Rows are stored unpadded: row b's tokens are at 0 .. valid_past_index[b] - 1. Positions at and beyond that hold
+    leftovers that the mask hides. Raises `MemoryError` before allocating what does not fit.
+    """
+
+    def __init__(self, shape: CacheShape):
+        require(shape.nbytes, shape.device, f"a cache of {shape.batch_size} x {shape.cache_length} positions")
+        self.shape = shape
+        place = {"dtype": shape.dtype, "device": shape.device}
+        size = (shape.batch_size, shape.num_kv_heads, shape.reserved_length, shape.head_dim)
+        # Zeros, not empty: a hidden position has weight 0 in attention, and 0 x NaN would be NaN.
+        self.keys = [torch.zeros(size, **place) for _ in range(shape.num_layers)]
+        self.values = [torch.zeros(size, **place) for _ in range(shape.num_layers)]
+        self.valid_past_index = [0] * shape.batch_size
+        self.positions = torch.arange(shape.reserved_length, device=shape.device)
+
+    def set_valid_past(self, valid_past_index: list[int]) -> None:
+        """Moves each row's write position to `valid_past_index` (B integers): a prefill ends so, and a step is undone so."""
+        self.valid_past_index = list(valid_past_index)
+
+    def write_prompt(self, layer: int, key_BQKD: torch.Tensor, value_BQKD: torch.Tensor, past: int) -> None:
+        """Stores a prompt's (or chunk's) tokens at positions past .. past + Q - 1 of the first B rows."""
+        batch, tokens = key_BQKD.shape[:2]
+        self.keys[layer][:batch, :, past : past + tokens] = key_BQKD.transpose(1, 2)
+        self.values[layer][:batch, :, past : past + tokens] = value_BQKD.transpose(1, 2)
+
+    def grown(self, shape: CacheShape) -> "FloatCache":
+        """A larger cache that holds what this one holds."""
+        larger = FloatCache(shape)
+        kept = self.shape.cache_length
+        for layer in range(shape.num_layers):
+            larger.keys[layer][:, :, :kept] = self.keys[layer][:, :, :kept]
+            larger.values[layer][:, :, :kept] = self.values[layer][:, :, :kept]
+        larger.set_valid_past(self.valid_past_index)
+        return larger
+
+
+def write_tokens(storage_BKSD: torch.Tensor, valid_past_index: list[int], new_BQKD: torch.Tensor):
+    """Writes each row's new tokens at that row's own positions, in place."""
+    tokens = new_BQKD.shape[1]
+    for row, past in enumerate(valid_past_index):
+        storage_BKSD[row, :, past : past + tokens] = new_BQKD[row].transpose(0, 1)
+
+
+def mask_for(index_BQ: torch.Tensor, positions_S: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What new tokens at positions `index_BQ` may see, to be added to the scores: [B, 1, Q, S]."""
+    later_B1QS = positions_S > index_BQ[:, None, :, None]
+    return torch.zeros(later_B1QS.shape, dtype=dtype, device=later_B1QS.device).masked_fill(later_B1QS, float("-inf"))

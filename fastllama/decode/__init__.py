@@ -1,0 +1,1 @@
+"""The loop around the model: prompt, prefill, step, sample, stop."""

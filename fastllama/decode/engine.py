@@ -1,0 +1,211 @@
+"""Engine: a model's cache, weights, rotary table and step, kept together and kept current.
+
+Legend: B batch, Q query tokens, P prompt tokens, E hidden size, V vocabulary.
+"""
+
+import torch
+from torch import nn
+
+from fastllama.cache.budget import CacheShape, require
+from fastllama.cache.float_cache import FloatCache
+from fastllama.decode.prompt import Prompt
+from fastllama.model.buckets import Buckets
+from fastllama.model.config import FastConfig
+from fastllama.model.forward import prefill_chunk, step
+from fastllama.model.rotary import RotaryTable, is_stateful
+from fastllama.model.weights import Weights, gather, is_current
+
+_IMPLICIT_ROUNDING = 256  # an implicit cache grows in steps, so that a slightly longer call reallocates nothing
+
+
+class Engine:
+    """State of the fast path. It belongs to one model and is neither copied nor pickled with it."""
+
+    def __init__(self):
+        self.config = FastConfig()
+        self.explicit = False
+        self.cache: FloatCache | None = None
+        self.weights: Weights | None = None
+        self.rotary: RotaryTable | None = None
+        self.reallocations = 0
+        self._buckets: Buckets | None = None
+        self._rows = 0  # rows of the call in progress; the cache may have more
+        self._used = 0  # positions in use by the longest row, known without asking the device
+
+    def __deepcopy__(self, memo) -> "Engine":
+        return Engine()
+
+    def __reduce__(self):
+        return Engine, ()
+
+    # reservation
+
+    def shape_for(self, model: nn.Module, batch_size: int, cache_length: int) -> CacheShape:
+        for name, value in (("batch_size", batch_size), ("cache_length", cache_length)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r} is not allowed; allowed: an integer >= 1")
+        weight = model.model.layers[0].input_layernorm.weight
+        return CacheShape(
+            num_layers=len(model.model.layers),
+            batch_size=batch_size,
+            num_kv_heads=model.config.num_key_value_heads,
+            cache_length=max(cache_length, 2),  # torch specialises sizes 0 and 1
+            head_dim=model.model.layers[0].self_attn.head_dim,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+
+    def preallocate(self, model: nn.Module, batch_size: int, cache_length: int, config: FastConfig) -> int:
+        """Reserves, compiles and warms up; returns the bytes reserved. Raises `ValueError` or `MemoryError` before."""
+        shape = self.shape_for(model, batch_size, cache_length)
+        nbytes = shape.nbytes + self._table_bytes(model, shape)
+        held = self.cache.shape.nbytes if self.cache is not None else 0
+        require(nbytes - held, shape.device, f"a cache of {batch_size} x {cache_length} positions")
+        self.free()
+        self._reserve(model, shape, config)
+        self.explicit = True
+        return nbytes
+
+    @staticmethod
+    def _table_bytes(model: nn.Module, shape: CacheShape) -> int:
+        if is_stateful(model.model.rotary_emb):
+            return 0
+        return 2 * shape.reserved_length * shape.head_dim * shape.dtype.itemsize
+
+    def _reserve(self, model: nn.Module, shape: CacheShape, config: FastConfig) -> None:
+        self.config = config
+        self.refresh(model)
+        self.cache = FloatCache(shape)
+        self._attach(model)
+
+    def _attach(self, model: nn.Module) -> None:
+        shape = self.cache.shape
+        self.rotary = RotaryTable(model.model.rotary_emb, shape.reserved_length, shape.dtype, shape.device)
+        self._buckets = Buckets(self.cache.positions, shape.cache_length, self.config.bucket)
+        self.reallocations += 1
+
+    def free(self) -> None:
+        """Gives the cache and the tables back."""
+        self.cache = self.rotary = self.weights = self._buckets = None
+        self.explicit = False
+        self.config = FastConfig()
+
+    def refresh(self, model: nn.Module) -> None:
+        """Fuses again what has been rebound since: adapters, casts and assigned state dicts do that."""
+        if self.weights is None or not is_current(self.weights, model):
+            self.weights = None  # never hold the old and the new at once
+            self.weights = gather(model, self.config.fuse)
+
+    def fit(self, model: nn.Module, batch_size: int, positions: int) -> None:
+        """Makes sure that a call with `batch_size` rows of up to `positions` cached tokens fits.
+
+        An explicit cache raises `ValueError` when it does not; an implicit one is made anew.
+        """
+        wanted = self.shape_for(model, batch_size, max(positions, 1))
+        held = self.cache.shape if self.cache is not None else None
+        if held is not None and (held.dtype, held.device) != (wanted.dtype, wanted.device):
+            if self.explicit:
+                raise ValueError(
+                    f"the model is now {wanted.dtype} on {wanted.device} but its cache is {held.dtype} on "
+                    f"{held.device}: call preallocate() again"
+                )
+            held = None
+        if held is not None and held.batch_size >= batch_size and held.cache_length >= positions:
+            return
+        if self.explicit:
+            raise ValueError(
+                f"this call needs {batch_size} x {positions} cache positions and preallocate() reserved "
+                f"{held.batch_size} x {held.cache_length}: preallocate more, or free() first"
+            )
+        self.cache = self.rotary = None
+        rounded = -(-positions // _IMPLICIT_ROUNDING) * _IMPLICIT_ROUNDING
+        self._reserve(model, self.shape_for(model, batch_size, rounded), self.config)
+
+    # forward passes
+
+    def begin(self, model: nn.Module, rows: int) -> None:
+        """Forgets what the cache holds; the next call has `rows` rows."""
+        self._rows, self._used = rows, 0
+        self.cache.set_valid_past([0] * self.cache.shape.batch_size)
+
+    def prefill(self, prompt: Prompt, chunk: int | None = None) -> torch.Tensor:
+        """Logits [B, V] of each row's last prompt token; the cache then holds the prompt.
+
+        `chunk` is the caller's own chunk length, in columns of the padded prompt.
+        """
+        device = self.cache.shape.device
+        tokens_BP, lengths = prompt.tokens.to(device), prompt.lengths.to(device)
+        batch, total = tokens_BP.shape[:2]
+        size = chunk or self.config.prefill_chunk or total
+        cos_BPD, sin_BPD = self.rotary.for_prompt(total, prompt.columns, prompt.width, chunk)
+        last_BE = None
+        for past in range(0, total, size):
+            part = slice(past, min(past + size, total))
+            tokens = tokens_BP[:, part]
+            hidden = self.weights.embed(tokens) if tokens.dim() == 2 else tokens.to(self.cache.shape.dtype)
+            hidden = prefill_chunk(self.weights, self.cache, hidden, cos_BPD[:, part], sin_BPD[:, part], past)
+            ends = (lengths - 1 - past).clamp(0, hidden.shape[1] - 1)
+            here_BE = hidden[torch.arange(batch, device=device), ends]
+            inside = (lengths - 1 >= past)[:, None]
+            last_BE = here_BE if last_BE is None else torch.where(inside, here_BE, last_BE)
+        self.cache.set_valid_past(lengths.tolist() + [0] * (self.cache.shape.batch_size - batch))
+        self._rows, self._used = batch, prompt.longest
+        return self.weights.lm_head(self.weights.norm(last_BE[:, None]))[:, 0]
+
+    def step(self, ids_BQ: torch.Tensor) -> torch.Tensor:
+        """Logits [B, Q, V] of the newest tokens, after storing them."""
+        cache = self.cache
+        rows, tokens = ids_BQ.shape
+        self._used += tokens
+        if rows < cache.shape.batch_size:  # idle rows write at position 0 and are ignored
+            idle = ids_BQ.new_zeros(cache.shape.batch_size - rows, tokens)
+            ids_BQ = torch.cat((ids_BQ, idle))
+        past_B = torch.tensor(cache.valid_past_index, device=cache.shape.device)
+        index_BQ = past_B[:, None] + self._offsets(tokens)
+        cos_BQD, sin_BQD = self.rotary.at(index_BQ)
+        logits = step(
+            self.weights,
+            cache.keys,
+            cache.values,
+            cache.valid_past_index,
+            self._buckets.covering(self._used),
+            ids_BQ.contiguous(),
+            index_BQ,
+            cos_BQD,
+            sin_BQD,
+        )
+        return logits[:rows]
+
+    def _offsets(self, tokens: int) -> torch.Tensor | int:
+        return 0 if tokens == 1 else self.cache.positions[:tokens]
+
+    def require_rows(self, rows: int) -> None:
+        """Raises `ValueError` unless a prefill with this many rows came before."""
+        if self.cache is None or self._used == 0:
+            raise ValueError("step() continues a prefill: call prefill() first")
+        if rows != self._rows:
+            raise ValueError(f"step() was given {rows} rows and the prefill had {self._rows}")
+
+    def room(self) -> int:
+        """Positions left for the longest row."""
+        return self.cache.shape.cache_length - self._used
+
+    def grow(self, model: nn.Module) -> None:
+        """Doubles an implicit cache in the middle of a call whose length nobody could know."""
+        shape = self.cache.shape
+        if self.explicit:
+            raise ValueError(
+                f"the preallocated cache of {shape.cache_length} positions is full: preallocate more, or free() first"
+            )
+        self.cache = self.cache.grown(self.shape_for(model, shape.batch_size, 2 * shape.cache_length))
+        self._attach(model)
+
+    def undo(self, tokens: int) -> None:
+        """Takes the last `tokens` of every row back."""
+        self.cache.set_valid_past([past - tokens for past in self.cache.valid_past_index])
+        self._used -= tokens
+
+    def words(self) -> str:
+        """Which path runs, for people."""
+        kind = "preallocated" if self.explicit else "preallocated on first use"
+        return f"{kind}, {self.config.compile} compile, {self.weights.fused}, SDPA"

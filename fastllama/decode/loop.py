@@ -1,0 +1,117 @@
+"""The decode loop behind generate: greedy and sampled, with the parent's processors and criteria.
+
+Legend: B batch, T padded prompt length, V vocabulary.
+"""
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from fastllama.decode.engine import Engine
+from fastllama.decode.prompt import Prompt, unpad
+from fastllama.decode.stop import DrawState, StopCheck, lag_for
+
+
+def sample_loop(
+    model: nn.Module,
+    engine: Engine,
+    input_ids: torch.Tensor,
+    logits_processor,
+    stopping_criteria,
+    generation_config,
+    streamer=None,
+    attention_mask: torch.Tensor | None = None,
+    inputs_embeds: torch.Tensor | None = None,
+    lag: int | None = None,
+):
+    """What transformers' `_sample` returns, from the preallocated cache.
+
+    `input_ids` [B, T] (empty beside `inputs_embeds` [B, T, E]). `lag`, for tests, overrides how many steps run ahead
+    of the stop check. Raises `ValueError` when an explicit cache is too small.
+    """
+    prompt = unpad(input_ids if inputs_embeds is None else inputs_embeds, attention_mask)
+    batch, limit = input_ids.shape[0], stopping_criteria.max_length
+    most_new = None if limit is None else max(limit - input_ids.shape[1], 1)
+    engine.refresh(model)
+    engine.fit(model, batch, prompt.longest + (most_new - 1 if most_new else 0))
+    engine.begin(model, batch)
+
+    do_sample, as_dict = generation_config.do_sample, generation_config.return_dict_in_generate
+    scores = [] if as_dict and generation_config.output_scores else None
+    raw_logits = [] if as_dict and generation_config.output_logits else None
+    pad_id = generation_config._pad_token_tensor
+    pad_id = pad_id.to(input_ids.device) if pad_id is not None else None
+    has_eos = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    unfinished_B = torch.ones(batch, dtype=torch.long, device=input_ids.device)
+
+    lag = lag_for(input_ids.device, logits_processor, stopping_criteria, streamer) if lag is None else lag
+    stop, draws = StopCheck(lag, input_ids.device), DrawState(lag, input_ids.device, do_sample)
+    logits_BV = engine.prefill(prompt, generation_config.prefill_chunk_size)
+    taken = 0
+    while True:
+        next_logits_BV = logits_BV.to(copy=True, dtype=torch.float32, device=input_ids.device)
+        next_scores_BV = logits_processor(input_ids, next_logits_BV)
+        if scores is not None:
+            scores.append(next_scores_BV)
+        if raw_logits is not None:
+            raw_logits.append(next_logits_BV)
+        if do_sample:
+            draws.remember()
+            chosen_B = torch.multinomial(next_scores_BV.softmax(dim=-1), num_samples=1).squeeze(1)
+        else:
+            chosen_B = next_scores_BV.argmax(dim=-1)
+        if has_eos:
+            chosen_B = chosen_B * unfinished_B + pad_id * (1 - unfinished_B)
+        input_ids = torch.cat((input_ids, chosen_B[:, None]), dim=-1)
+        taken += 1
+        if streamer is not None:
+            streamer.put(chosen_B.cpu())
+        unfinished_B = unfinished_B & ~stopping_criteria(input_ids, tuple(scores) if scores is not None else None)
+        if stop.finished(unfinished_B):
+            break
+        if taken == most_new and lag:
+            stop.drain()
+            break
+        if engine.room() < 1:
+            engine.grow(model)
+        logits_BV = engine.step(chosen_B[:, None].to(engine.cache.shape.device))[:, -1]
+
+    if stop.surplus:
+        input_ids = input_ids[:, : -stop.surplus].contiguous()
+        draws.undo(stop.surplus)
+        engine.undo(stop.surplus)
+        for kept in (scores, raw_logits):
+            if kept is not None:
+                del kept[-stop.surplus :]
+    if streamer is not None:
+        streamer.end()
+    if not as_dict:
+        return input_ids
+    return GenerateDecoderOnlyOutput(
+        sequences=input_ids,
+        scores=None if scores is None else tuple(scores),
+        logits=None if raw_logits is None else tuple(raw_logits),
+        past_key_values=copied_out(model, engine, prompt, batch),
+    )
+
+
+def copied_out(model: nn.Module, engine: Engine, prompt: Prompt, batch: int) -> DynamicCache:
+    """The cache as transformers would have left it: a cache of its own, padding columns included (as zeros)."""
+    lengths = engine.cache.valid_past_index[:batch]
+    width = prompt.width + lengths[0] - int(prompt.lengths[0])
+    columns = None if prompt.columns is None else prompt.columns.tolist()
+    result = DynamicCache(config=model.config)
+    for layer, (keys, values) in enumerate(zip(engine.cache.keys, engine.cache.values, strict=True)):
+        pair = []
+        for storage in (keys, values):
+            out = storage.new_zeros(batch, storage.shape[1], width, storage.shape[3])
+            for row, length in enumerate(lengths):
+                new = length - int(prompt.lengths[row])
+                real = length - new
+                where = list(range(real)) if columns is None else columns[row][:real]
+                out[row, :, where] = storage[row, :, :real]
+                out[row, :, width - new :] = storage[row, :, real:length]
+            pair.append(out)
+        result.update(*pair, layer)
+    return result

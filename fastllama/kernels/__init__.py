@@ -1,0 +1,1 @@
+"""Numbers in, numbers out: functions of tensors that know nothing of transformers."""

@@ -1,0 +1,79 @@
+"""The two forward passes: over a prompt, and over the newest tokens.
+
+Legend: B batch, Q query tokens, S cache positions, E hidden size, N query heads, K kv heads, D head dim, V vocabulary.
+"""
+
+import torch
+
+from fastllama.cache.float_cache import FloatCache, mask_for, write_tokens
+from fastllama.kernels.attention import attend_cache, attend_causal
+from fastllama.kernels.rope import rotate
+from fastllama.model.weights import Block, Weights
+
+
+def _query_key_value(weights: Weights, block: Block, hidden_BQE, cos_BQD, sin_BQD):
+    dim = weights.head_dim
+    hidden_BQE = block.input_norm(hidden_BQE)
+    query, key, value = (part.unflatten(-1, (-1, dim)) for part in (block.q(hidden_BQE), *block.kv(hidden_BQE)))
+    return rotate(query, cos_BQD, sin_BQD), rotate(key, cos_BQD, sin_BQD), value
+
+
+def _finish_block(block: Block, hidden_BQE: torch.Tensor, attended_BQE: torch.Tensor) -> torch.Tensor:
+    hidden_BQE = hidden_BQE + block.o(attended_BQE)
+    gate, up = block.gate_up(block.post_norm(hidden_BQE))
+    return hidden_BQE + block.down(block.activation(gate) * up)
+
+
+def prefill_chunk(
+    weights: Weights, cache: FloatCache, hidden_BQE: torch.Tensor, cos_BQD, sin_BQD, past: int
+) -> torch.Tensor:
+    """Runs Q prompt tokens that follow `past` cached ones, stores their keys and values; returns hidden [B, Q, E].
+
+    Rows are padded on the right, so causality alone hides the padding: the first chunk needs no mask, and a later one
+    only [Q, past + Q].
+    """
+    batch, tokens = hidden_BQE.shape[:2]
+    mask = None
+    if past:
+        seen = torch.ones(tokens, past + tokens, dtype=torch.bool, device=hidden_BQE.device).tril_(past)
+        mask = torch.zeros(1, 1, tokens, past + tokens, dtype=hidden_BQE.dtype, device=hidden_BQE.device)
+        mask.masked_fill_(~seen, float("-inf"))
+    for index, block in enumerate(weights.blocks):
+        query, key, value = _query_key_value(weights, block, hidden_BQE, cos_BQD, sin_BQD)
+        cache.write_prompt(index, key, value, past)
+        if past:
+            end = past + tokens
+            keys, values = cache.keys[index][:batch, :, :end], cache.values[index][:batch, :, :end]
+            attended = attend_cache(query, keys, values, mask, weights.scale)
+        else:
+            attended = attend_causal(query, key, value, weights.scale)
+        hidden_BQE = _finish_block(block, hidden_BQE, attended)
+    return hidden_BQE
+
+
+def step(
+    weights: Weights,
+    keys: list[torch.Tensor],
+    values: list[torch.Tensor],
+    valid_past_index: list[int],
+    positions_S: torch.Tensor,
+    ids_BQ: torch.Tensor,
+    index_BQ: torch.Tensor,
+    cos_BQD: torch.Tensor,
+    sin_BQD: torch.Tensor,
+) -> torch.Tensor:
+    """Runs the newest tokens against the cache and moves `valid_past_index` on; returns logits [B, Q, V].
+
+    Only the first len(positions_S) positions of the cache are read: that length is the step's one dynamic size.
+    """
+    hidden_BQE = weights.embed(ids_BQ)
+    mask_B1QS = mask_for(index_BQ, positions_S, hidden_BQE.dtype)
+    used = positions_S.shape[0]
+    for block, key_BKSD, value_BKSD in zip(weights.blocks, keys, values, strict=True):
+        query, key, value = _query_key_value(weights, block, hidden_BQE, cos_BQD, sin_BQD)
+        write_tokens(key_BKSD, valid_past_index, key)
+        write_tokens(value_BKSD, valid_past_index, value)
+        attended = attend_cache(query, key_BKSD[:, :, :used], value_BKSD[:, :, :used], mask_B1QS, weights.scale)
+        hidden_BQE = _finish_block(block, hidden_BQE, attended)
+    valid_past_index[:] = [past + ids_BQ.shape[1] for past in valid_past_index]
+    return weights.lm_head(weights.norm(hidden_BQE))

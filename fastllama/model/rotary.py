@@ -1,0 +1,61 @@
+"""Cosines and sines by position, from the parent's own rotary module.
+
+Legend: B batch, Q query tokens, S positions, D head dim.
+"""
+
+import torch
+from torch import nn
+
+
+def is_stateful(module: nn.Module) -> bool:
+    """Whether the module recomputes its frequencies from the longest position it is shown, so that each step, and each
+    chunk of a prompt, must ask it anew."""
+    return any(word in module.rope_type for word in ("dynamic", "longrope"))
+
+
+class RotaryTable:
+    """Answers with what the parent's module gives for positions."""
+
+    def __init__(self, module: nn.Module, length: int, dtype: torch.dtype, device: torch.device):
+        self.module = module
+        self.sample = torch.empty(0, dtype=dtype, device=device)  # the module reads only its dtype and device
+        self.stateful = is_stateful(module)
+        self.cos_SD = self.sin_SD = None
+        if not self.stateful:
+            cos_1SD, sin_1SD = module(self.sample, torch.arange(length, device=device)[None])
+            self.cos_SD, self.sin_SD = cos_1SD[0], sin_1SD[0]
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.stateful else self.cos_SD.nbytes + self.sin_SD.nbytes
+
+    def at(self, index_BQ: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [B, Q, D]."""
+        if self.stateful:
+            cos_BQD, sin_BQD = self.module(self.sample, index_BQ)
+            return cos_BQD.contiguous(), sin_BQD.contiguous()
+        return self.cos_SD[index_BQ], self.sin_SD[index_BQ]
+
+    def for_prompt(
+        self, length: int, columns_BP: torch.Tensor | None, width: int, chunk: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [1 or B, P, D] of prompt positions 0 .. length - 1.
+
+        `chunk`: transformers' prefill_chunk_size. It cuts the padded prompt of `width` columns, so with a stateful
+        module a token's frequencies depend on the chunk that its column is in (`columns_BP`; None: nothing padded).
+        """
+        index_1P = torch.arange(length, device=self.sample.device)[None]
+        if chunk is None or not self.stateful:
+            return self.at(index_1P)
+        columns_BP = index_1P if columns_BP is None else columns_BP
+        cos_BPD = sin_BPD = None
+        for start in range(0, width, chunk):
+            # Leftovers of padding stand left of the place they were moved to; they are nobody's position.
+            inside_BP = (columns_BP >= start) & (columns_BP < start + chunk) & (columns_BP >= index_1P)
+            cos, sin = self.at(torch.where(inside_BP, index_1P, 0))
+            if cos_BPD is None:
+                cos_BPD, sin_BPD = cos, sin
+            else:
+                cos_BPD = torch.where(inside_BP[..., None], cos, cos_BPD)
+                sin_BPD = torch.where(inside_BP[..., None], sin, sin_BPD)
+        return cos_BPD, sin_BPD
