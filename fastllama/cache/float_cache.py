@@ -1,4 +1,4 @@
-"""FloatCache: preallocated keys and values in the model's own dtype.
+"""FloatCache: preallocated keys, values and attention mask in the model's own dtype.
 
 Legend: B batch, Q query tokens, S cache positions, K kv heads, D head dim.
 """
@@ -23,12 +23,16 @@ class FloatCache:
         # Zeros, not empty: a hidden position has weight 0 in attention, and 0 x NaN would be NaN.
         self.keys = [torch.zeros(size, **place) for _ in range(shape.num_layers)]
         self.values = [torch.zeros(size, **place) for _ in range(shape.num_layers)]
+        self.mask_B11S = torch.full((shape.batch_size, 1, 1, shape.reserved_length), float("-inf"), **place)
         self.valid_past_index = [0] * shape.batch_size
         self.positions = torch.arange(shape.reserved_length, device=shape.device)
 
     def set_valid_past(self, valid_past_index: list[int]) -> None:
         """Moves each row's write position to `valid_past_index` (B integers): a prefill ends so, and a step is undone so."""
         self.valid_past_index = list(valid_past_index)
+        self.mask_B11S.fill_(float("-inf"))
+        for row, past in enumerate(self.valid_past_index):
+            self.mask_B11S[row, :, :, :past] = 0.0
 
     def write_prompt(self, layer: int, key_BQKD: torch.Tensor, value_BQKD: torch.Tensor, past: int) -> None:
         """Stores a prompt's (or chunk's) tokens at positions past .. past + Q - 1 of the first B rows."""
@@ -54,7 +58,15 @@ def write_tokens(storage_BKSD: torch.Tensor, valid_past_index: list[int], new_BQ
         storage_BKSD[row, :, past : past + tokens] = new_BQKD[row].transpose(0, 1)
 
 
-def mask_for(index_BQ: torch.Tensor, positions_S: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What new tokens at positions `index_BQ` may see, to be added to the scores: [B, 1, Q, S]."""
+def mask_for(
+    mask_B11S: torch.Tensor, valid_past_index: list[int], index_BQ: torch.Tensor, positions_S: torch.Tensor
+) -> torch.Tensor:
+    """Opens the new tokens' positions in the preallocated mask and returns what they may see: [B, 1, Q, S]."""
+    tokens = index_BQ.shape[1]
+    for row, past in enumerate(valid_past_index):
+        mask_B11S[row, :, :, past : past + tokens] = 0.0
+    seen_B11S = mask_B11S[..., : positions_S.shape[0]]
+    if tokens == 1:
+        return seen_B11S
     later_B1QS = positions_S > index_BQ[:, None, :, None]
-    return torch.zeros(later_B1QS.shape, dtype=dtype, device=later_B1QS.device).masked_fill(later_B1QS, float("-inf"))
+    return seen_B11S.masked_fill(later_B1QS, float("-inf"))

@@ -167,6 +167,7 @@ class Engine:
             self.weights,
             cache.keys,
             cache.values,
+            cache.mask_B11S,
             cache.valid_past_index,
             self._buckets.covering(self._used),
             ids_BQ.contiguous(),

@@ -55,6 +55,7 @@ def step(
     weights: Weights,
     keys: list[torch.Tensor],
     values: list[torch.Tensor],
+    mask_B11S: torch.Tensor,
     valid_past_index: list[int],
     positions_S: torch.Tensor,
     ids_BQ: torch.Tensor,
@@ -67,7 +68,7 @@ def step(
     Only the first len(positions_S) positions of the cache are read: that length is the step's one dynamic size.
     """
     hidden_BQE = weights.embed(ids_BQ)
-    mask_B1QS = mask_for(index_BQ, positions_S, hidden_BQE.dtype)
+    mask_B1QS = mask_for(mask_B11S, valid_past_index, index_BQ, positions_S)
     used = positions_S.shape[0]
     for block, key_BKSD, value_BKSD in zip(weights.blocks, keys, values, strict=True):
         query, key, value = _query_key_value(weights, block, hidden_BQE, cos_BQD, sin_BQD)
