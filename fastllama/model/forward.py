@@ -8,13 +8,17 @@ import torch
 from fastllama.cache.float_cache import FloatCache, mask_for, write_tokens
 from fastllama.kernels.attention import attend_cache, attend_causal
 from fastllama.kernels.rope import rotate
-from fastllama.model.weights import Block, Weights
+from fastllama.model.weights import Block, Fused, Weights
 
 
 def _query_key_value(weights: Weights, block: Block, hidden_BQE, cos_BQD, sin_BQD):
-    dim = weights.head_dim
+    heads, kv_heads, dim = weights.num_heads, weights.num_kv_heads, weights.head_dim
     hidden_BQE = block.input_norm(hidden_BQE)
-    query, key, value = (part.unflatten(-1, (-1, dim)) for part in (block.q(hidden_BQE), *block.kv(hidden_BQE)))
+    if isinstance(block.qkv, Fused):
+        both_BQHD = block.qkv.joint(hidden_BQE).unflatten(-1, (-1, dim))
+        rotated_BQHD = rotate(both_BQHD[:, :, : heads + kv_heads], cos_BQD, sin_BQD)
+        return rotated_BQHD[:, :, :heads], rotated_BQHD[:, :, heads:], both_BQHD[:, :, heads + kv_heads :]
+    query, key, value = (part.unflatten(-1, (-1, dim)) for part in block.qkv(hidden_BQE))
     return rotate(query, cos_BQD, sin_BQD), rotate(key, cos_BQD, sin_BQD), value
 
 

@@ -39,8 +39,7 @@ class Block(NamedTuple):
     """One decoder layer."""
 
     input_norm: nn.Module
-    q: nn.Module
-    kv: Fused | Parallel
+    qkv: Fused | Parallel
     o: nn.Module
     post_norm: nn.Module
     gate_up: Fused | Parallel
@@ -117,12 +116,8 @@ def is_current(weights: Weights, model: nn.Module) -> bool:
         return False
     for block, layer in zip(weights.blocks, model.model.layers, strict=True):
         attention, mlp = layer.self_attn, layer.mlp
-        kv = (attention.k_proj, attention.v_proj)
-        if (
-            block.q is not attention.q_proj
-            or not _same(block.kv, kv)
-            or not _same(block.gate_up, (mlp.gate_proj, mlp.up_proj))
-        ):
+        qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
+        if not _same(block.qkv, qkv) or not _same(block.gate_up, (mlp.gate_proj, mlp.up_proj)):
             return False
         if block.o is not attention.o_proj or block.down is not mlp.down_proj:
             return False
@@ -147,19 +142,18 @@ def _same(product: Fused | Parallel, modules: tuple[nn.Module, ...]) -> bool:
 
 
 def gather(model: nn.Module, fuse_what: str) -> Weights:
-    """Collects and fuses the weights of a transformers Llama. `fuse_what`: "kv" or "no"."""
+    """Collects and fuses the weights of a transformers Llama. `fuse_what`: "qkv" or "no"."""
     blocks = []
     # Views made under inference mode could never be trained again.
     with torch.inference_mode(False), torch.no_grad():
         for layer in model.model.layers:
             attention, mlp = layer.self_attn, layer.mlp
-            kv = (attention.k_proj, attention.v_proj)
+            qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
             gate_up = (mlp.gate_proj, mlp.up_proj)
             blocks.append(
                 Block(
                     input_norm=layer.input_layernorm,
-                    q=attention.q_proj,
-                    kv=fuse(kv) if fuse_what != "no" else Parallel(kv),
+                    qkv=fuse(qkv) if fuse_what != "no" else Parallel(qkv),
                     o=attention.o_proj,
                     post_norm=layer.post_attention_layernorm,
                     gate_up=Parallel(gate_up),
@@ -184,7 +178,7 @@ def gather(model: nn.Module, fuse_what: str) -> Weights:
 def _fused_words(blocks: list[Block]) -> str:
     parts = [
         name
-        for name, product in (("kv", "kv"), ("gate+up", "gate_up"))
+        for name, product in (("qkv", "qkv"), ("gate+up", "gate_up"))
         if all(isinstance(getattr(block, product), Fused) for block in blocks)
     ]
     return "fused " + ", ".join(parts) if parts else "products by module"
