@@ -75,8 +75,8 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         self._engine.free()
 
     @property
-    def valid_past_index(self) -> list[int] | None:
-        """B integers: how many cache positions of each row hold tokens; None without a cache."""
+    def valid_past_index(self) -> torch.Tensor | None:
+        """int64 [B]: how many cache positions of each row hold tokens; None without a cache."""
         return None if self._engine.cache is None else self._engine.cache.valid_past_index
 
     @property

@@ -24,15 +24,16 @@ class FloatCache:
         self.keys = [torch.zeros(size, **place) for _ in range(shape.num_layers)]
         self.values = [torch.zeros(size, **place) for _ in range(shape.num_layers)]
         self.mask_B11S = torch.full((shape.batch_size, 1, 1, shape.reserved_length), float("-inf"), **place)
-        self.valid_past_index = [0] * shape.batch_size
+        self.valid_past_index = torch.zeros(shape.batch_size, dtype=torch.int64, device=shape.device)
+        self.rows_B1 = torch.arange(shape.batch_size, device=shape.device)[:, None]
         self.positions = torch.arange(shape.reserved_length, device=shape.device)
 
-    def set_valid_past(self, valid_past_index: list[int]) -> None:
-        """Moves each row's write position to `valid_past_index` (B integers): a prefill ends so, and a step is undone so."""
-        self.valid_past_index = list(valid_past_index)
-        self.mask_B11S.fill_(float("-inf"))
-        for row, past in enumerate(self.valid_past_index):
-            self.mask_B11S[row, :, :, :past] = 0.0
+    def set_valid_past(self, valid_past_index: torch.Tensor) -> None:
+        """Moves each row's write position to `valid_past_index` [B]: how a prefill ends, and how a step is undone."""
+        self.valid_past_index.copy_(valid_past_index)
+        hidden = self.positions >= self.valid_past_index[:, None]
+        self.mask_B11S.zero_()
+        self.mask_B11S[:, 0, 0].masked_fill_(hidden, float("-inf"))
 
     def write_prompt(self, layer: int, key_BQKD: torch.Tensor, value_BQKD: torch.Tensor, past: int) -> None:
         """Stores a prompt's (or chunk's) tokens at positions past .. past + Q - 1 of the first B rows."""
@@ -51,22 +52,18 @@ class FloatCache:
         return larger
 
 
-def write_tokens(storage_BKSD: torch.Tensor, valid_past_index: list[int], new_BQKD: torch.Tensor):
+def write_tokens(storage_BKSD: torch.Tensor, rows_B1: torch.Tensor, index_BQ: torch.Tensor, new_BQKD: torch.Tensor):
     """Writes each row's new tokens at that row's own positions, in place."""
-    tokens = new_BQKD.shape[1]
-    for row, past in enumerate(valid_past_index):
-        storage_BKSD[row, :, past : past + tokens] = new_BQKD[row].transpose(0, 1)
+    storage_BKSD[rows_B1, :, index_BQ] = new_BQKD
 
 
 def mask_for(
-    mask_B11S: torch.Tensor, valid_past_index: list[int], index_BQ: torch.Tensor, positions_S: torch.Tensor
+    mask_B11S: torch.Tensor, rows_B1: torch.Tensor, index_BQ: torch.Tensor, positions_S: torch.Tensor
 ) -> torch.Tensor:
-    """Opens the new tokens' positions in the preallocated mask and returns what they may see: [B, 1, Q, S]."""
-    tokens = index_BQ.shape[1]
-    for row, past in enumerate(valid_past_index):
-        mask_B11S[row, :, :, past : past + tokens] = 0.0
+    """Opens the positions `index_BQ` in the preallocated mask and returns what Q new tokens may see: [B, 1, Q, S]."""
+    mask_B11S[rows_B1, 0, 0, index_BQ] = 0.0
     seen_B11S = mask_B11S[..., : positions_S.shape[0]]
-    if tokens == 1:
+    if index_BQ.shape[1] == 1:
         return seen_B11S
     later_B1QS = positions_S > index_BQ[:, None, :, None]
     return seen_B11S.masked_fill(later_B1QS, float("-inf"))

@@ -126,7 +126,7 @@ class Engine:
     def begin(self, model: nn.Module, rows: int) -> None:
         """Forgets what the cache holds; the next call has `rows` rows."""
         self._rows, self._used = rows, 0
-        self.cache.set_valid_past([0] * self.cache.shape.batch_size)
+        self.cache.set_valid_past(torch.zeros_like(self.cache.valid_past_index))
 
     def prefill(self, prompt: Prompt, chunk: int | None = None) -> torch.Tensor:
         """Logits [B, V] of each row's last prompt token; the cache then holds the prompt.
@@ -148,7 +148,9 @@ class Engine:
             here_BE = hidden[torch.arange(batch, device=device), ends]
             inside = (lengths - 1 >= past)[:, None]
             last_BE = here_BE if last_BE is None else torch.where(inside, here_BE, last_BE)
-        self.cache.set_valid_past(lengths.tolist() + [0] * (self.cache.shape.batch_size - batch))
+        valid = torch.zeros_like(self.cache.valid_past_index)
+        valid[:batch] = lengths
+        self.cache.set_valid_past(valid)
         self._rows, self._used = batch, prompt.longest
         return self.weights.lm_head(self.weights.norm(last_BE[:, None]))[:, 0]
 
@@ -160,8 +162,7 @@ class Engine:
         if rows < cache.shape.batch_size:  # idle rows write at position 0 and are ignored
             idle = ids_BQ.new_zeros(cache.shape.batch_size - rows, tokens)
             ids_BQ = torch.cat((ids_BQ, idle))
-        past_B = torch.tensor(cache.valid_past_index, device=cache.shape.device)
-        index_BQ = past_B[:, None] + self._offsets(tokens)
+        index_BQ = cache.valid_past_index[:, None] + self._offsets(tokens)
         cos_BQD, sin_BQD = self.rotary.at(index_BQ)
         logits = step(
             self.weights,
@@ -169,6 +170,7 @@ class Engine:
             cache.values,
             cache.mask_B11S,
             cache.valid_past_index,
+            cache.rows_B1,
             self._buckets.covering(self._used),
             ids_BQ.contiguous(),
             index_BQ,
@@ -203,7 +205,7 @@ class Engine:
 
     def undo(self, tokens: int) -> None:
         """Takes the last `tokens` of every row back."""
-        self.cache.set_valid_past([past - tokens for past in self.cache.valid_past_index])
+        self.cache.set_valid_past(self.cache.valid_past_index - tokens)
         self._used -= tokens
 
     def words(self) -> str:

@@ -98,7 +98,7 @@ def sample_loop(
 
 def copied_out(model: nn.Module, engine: Engine, prompt: Prompt, batch: int) -> DynamicCache:
     """The cache as transformers would have left it: a cache of its own, padding columns included (as zeros)."""
-    lengths = engine.cache.valid_past_index[:batch]
+    lengths = engine.cache.valid_past_index[:batch].tolist()
     width = prompt.width + lengths[0] - int(prompt.lengths[0])
     columns = None if prompt.columns is None else prompt.columns.tolist()
     result = DynamicCache(config=model.config)

@@ -60,7 +60,8 @@ def step(
     keys: list[torch.Tensor],
     values: list[torch.Tensor],
     mask_B11S: torch.Tensor,
-    valid_past_index: list[int],
+    valid_past_index: torch.Tensor,
+    rows_B1: torch.Tensor,
     positions_S: torch.Tensor,
     ids_BQ: torch.Tensor,
     index_BQ: torch.Tensor,
@@ -72,13 +73,13 @@ def step(
     Only the first len(positions_S) positions of the cache are read: that length is the step's one dynamic size.
     """
     hidden_BQE = weights.embed(ids_BQ)
-    mask_B1QS = mask_for(mask_B11S, valid_past_index, index_BQ, positions_S)
+    mask_B1QS = mask_for(mask_B11S, rows_B1, index_BQ, positions_S)
     used = positions_S.shape[0]
     for block, key_BKSD, value_BKSD in zip(weights.blocks, keys, values, strict=True):
         query, key, value = _query_key_value(weights, block, hidden_BQE, cos_BQD, sin_BQD)
-        write_tokens(key_BKSD, valid_past_index, key)
-        write_tokens(value_BKSD, valid_past_index, value)
+        write_tokens(key_BKSD, rows_B1, index_BQ, key)
+        write_tokens(value_BKSD, rows_B1, index_BQ, value)
         attended = attend_cache(query, key_BKSD[:, :, :used], value_BKSD[:, :, :used], mask_B1QS, weights.scale)
         hidden_BQE = _finish_block(block, hidden_BQE, attended)
-    valid_past_index[:] = [past + ids_BQ.shape[1] for past in valid_past_index]
+    valid_past_index.add_(ids_BQ.shape[1])
     return weights.lm_head(weights.norm(hidden_BQE))
