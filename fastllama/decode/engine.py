@@ -9,9 +9,9 @@ from torch import nn
 from fastllama.cache.budget import CacheShape, require
 from fastllama.cache.float_cache import FloatCache
 from fastllama.decode.prompt import Prompt
-from fastllama.model.buckets import Buckets
+from fastllama.model.compiled import Buckets, compiled_step
 from fastllama.model.config import FastConfig
-from fastllama.model.forward import prefill_chunk, step
+from fastllama.model.forward import prefill_chunk
 from fastllama.model.rotary import RotaryTable, is_stateful
 from fastllama.model.weights import Weights, gather, is_current
 
@@ -28,6 +28,7 @@ class Engine:
         self.weights: Weights | None = None
         self.rotary: RotaryTable | None = None
         self.reallocations = 0
+        self._step = None
         self._buckets: Buckets | None = None
         self._rows = 0  # rows of the call in progress; the cache may have more
         self._used = 0  # positions in use by the longest row, known without asking the device
@@ -64,6 +65,8 @@ class Engine:
         self.free()
         self._reserve(model, shape, config)
         self.explicit = True
+        if config.compile != "no":
+            self._warm_up(model)
         return nbytes
 
     @staticmethod
@@ -82,11 +85,22 @@ class Engine:
         shape = self.cache.shape
         self.rotary = RotaryTable(model.model.rotary_emb, shape.reserved_length, shape.dtype, shape.device)
         self._buckets = Buckets(self.cache.positions, shape.cache_length, self.config.bucket)
+        self._step = compiled_step(self.config.compile, shape.device)
         self.reallocations += 1
 
+    def _warm_up(self, model: nn.Module) -> None:
+        """Runs a step at every bucket, so that no later call compiles or captures anything."""
+        ids = torch.zeros(self.cache.shape.batch_size, 1, dtype=torch.int64, device=self.cache.shape.device)
+        for length in self._buckets.lengths():
+            self.begin(model, self.cache.shape.batch_size)
+            self.cache.set_valid_past(torch.full_like(self.cache.valid_past_index, length - 1))
+            self._used = length - 1
+            self.step(ids)
+        self.begin(model, self.cache.shape.batch_size)
+
     def free(self) -> None:
-        """Gives the cache and the tables back."""
-        self.cache = self.rotary = self.weights = self._buckets = None
+        """Gives the cache, the tables and the compiled step back."""
+        self.cache = self.rotary = self.weights = self._step = self._buckets = None
         self.explicit = False
         self.config = FastConfig()
 
@@ -164,7 +178,7 @@ class Engine:
             ids_BQ = torch.cat((ids_BQ, idle))
         index_BQ = cache.valid_past_index[:, None] + self._offsets(tokens)
         cos_BQD, sin_BQD = self.rotary.at(index_BQ)
-        logits = step(
+        logits = self._step(
             self.weights,
             cache.keys,
             cache.values,

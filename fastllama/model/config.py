@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, fields
 
-_COMPILE = ("no",)
+_COMPILE = ("no", "static", "dynamic", "fullgraph")
 _FUSE = ("qkv", "no")
 
 
@@ -16,8 +16,8 @@ class FastConfig:
 
     compile: str = _switch(
         "no",
-        "compile the decode step",
-        "no",
+        "compile the decode step: static is dynamic=False, fullgraph=True (with CUDA graphs on a GPU)",
+        "no, static, dynamic, fullgraph (the same as static)",
     )
     bucket: int = _switch(
         256, "a step reads the used part of the cache, rounded up to a multiple of this", "an integer >= 16"
@@ -32,6 +32,8 @@ class FastConfig:
             value = getattr(self, switch.name)
             if not _IS_ALLOWED[switch.name](value):
                 raise ValueError(f"{switch.name}={value!r} is not allowed; allowed: {switch.metadata['allowed']}")
+        if self.compile == "fullgraph":
+            object.__setattr__(self, "compile", "static")
 
 
 def _at_least_16(value) -> bool:

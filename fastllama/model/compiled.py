@@ -1,0 +1,49 @@
+"""How the decode step is compiled: the only file that calls torch.compile."""
+
+import types
+from collections.abc import Callable
+
+import torch
+
+from fastllama.model.forward import step
+
+
+def _own_code(function: Callable) -> Callable:
+    """A copy of the function with a code object of its own: torch counts recompilations per code object, so models
+    that share one would use up each other's limit."""
+    return types.FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__
+    )
+
+
+def compiled_step(mode: str, device: torch.device) -> Callable:
+    """`model.forward.step` for a validated FastConfig.compile: as it is, or compiled whole."""
+    if mode == "no":
+        return step
+    compiled = torch.compile(_own_code(step), dynamic=mode == "dynamic", fullgraph=True)
+    if mode == "static" and device.type == "cuda":
+        from fastllama.model.capture import CapturedStep
+
+        return CapturedStep(compiled)
+    return compiled
+
+
+class Buckets:
+    """Views of the position index, one per bucket, whose length is the step's one dynamic dimension."""
+
+    def __init__(self, positions: torch.Tensor, cache_length: int, bucket: int):
+        self.positions, self.cache_length, self.bucket = positions, cache_length, bucket
+        self.views: dict[int, torch.Tensor] = {}
+
+    def lengths(self) -> list[int]:
+        """Every bucket, shortest first."""
+        return [*range(self.bucket, self.cache_length, self.bucket), self.cache_length]
+
+    def covering(self, used: int) -> torch.Tensor:
+        """The view for a step that reads `used` positions."""
+        length = min(-(-used // self.bucket) * self.bucket, self.cache_length)
+        view = self.views.get(length)
+        if view is None:
+            view = self.views[length] = self.positions[:length]
+            torch._dynamo.mark_dynamic(view, 0)
+        return view
