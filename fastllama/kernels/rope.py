@@ -6,8 +6,16 @@ Legend: B batch, Q query tokens, H heads, D head dim.
 import torch
 
 
-def rotate(x_BQHD: torch.Tensor, cos_BQD: torch.Tensor, sin_BQD: torch.Tensor) -> torch.Tensor:
-    """Rotates each head by its position: x cos + rotate_half(x) sin (RoFormer, in GPT-NeoX's half-split form)."""
-    first, second = x_BQHD.chunk(2, dim=-1)
-    half_BQHD = torch.cat((-second, first), dim=-1)
-    return x_BQHD * cos_BQD[:, :, None] + half_BQHD * sin_BQD[:, :, None]
+def signed_sin(sin: torch.Tensor) -> torch.Tensor:
+    """Sine [..., D] with its first half negated: what `rotate` wants, so that no step negates or concatenates."""
+    half = sin.shape[-1] // 2
+    return torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
+
+
+def rotate(x_BQHD: torch.Tensor, cos_BQD: torch.Tensor, signed_sin_BQD: torch.Tensor) -> torch.Tensor:
+    """Rotates each head by its position (RoFormer, in GPT-NeoX's half-split form), without concatenation.
+
+    rotate_half(x) sin equals roll(x, D / 2) signed_sin, product by product, so the result is the same bit for bit.
+    """
+    half_BQHD = x_BQHD.roll(x_BQHD.shape[-1] // 2, -1)
+    return x_BQHD * cos_BQD[:, :, None] + half_BQHD * signed_sin_BQD[:, :, None]

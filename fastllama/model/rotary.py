@@ -6,6 +6,8 @@ Legend: B batch, Q query tokens, S positions, D head dim.
 import torch
 from torch import nn
 
+from fastllama.kernels.rope import signed_sin
+
 
 def is_stateful(module: nn.Module) -> bool:
     """Whether the module recomputes its frequencies from the longest position it is shown, so that each step, and each
@@ -14,7 +16,7 @@ def is_stateful(module: nn.Module) -> bool:
 
 
 class RotaryTable:
-    """Answers with what the parent's module gives for positions."""
+    """Answers with what the parent's module gives for positions, the sine signed for `rotate`."""
 
     def __init__(self, module: nn.Module, length: int, dtype: torch.dtype, device: torch.device):
         self.module = module
@@ -23,23 +25,23 @@ class RotaryTable:
         self.cos_SD = self.sin_SD = None
         if not self.stateful:
             cos_1SD, sin_1SD = module(self.sample, torch.arange(length, device=device)[None])
-            self.cos_SD, self.sin_SD = cos_1SD[0], sin_1SD[0]
+            self.cos_SD, self.sin_SD = cos_1SD[0], signed_sin(sin_1SD[0])
 
     @property
     def nbytes(self) -> int:
         return 0 if self.stateful else self.cos_SD.nbytes + self.sin_SD.nbytes
 
     def at(self, index_BQ: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [B, Q, D]."""
+        """cos and signed sin [B, Q, D]."""
         if self.stateful:
             cos_BQD, sin_BQD = self.module(self.sample, index_BQ)
-            return cos_BQD.contiguous(), sin_BQD.contiguous()
+            return cos_BQD.contiguous(), signed_sin(sin_BQD)
         return self.cos_SD[index_BQ], self.sin_SD[index_BQ]
 
     def for_prompt(
         self, length: int, columns_BP: torch.Tensor | None, width: int, chunk: int | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [1 or B, P, D] of prompt positions 0 .. length - 1.
+        """cos and signed sin [1 or B, P, D] of prompt positions 0 .. length - 1.
 
         `chunk`: transformers' prefill_chunk_size. It cuts the padded prompt of `width` columns, so with a stateful
         module a token's frequencies depend on the chunk that its column is in (`columns_BP`; None: nothing padded).
