@@ -225,4 +225,4 @@ class Engine:
     def words(self) -> str:
         """Which path runs, for people."""
         kind = "preallocated" if self.explicit else "preallocated on first use"
-        return f"{kind}, {self.config.compile} compile, {self.weights.fused}, SDPA"
+        return f"{kind}, {self.config.compile} compile, {self.weights.fused}, SDPA by kv group"

@@ -27,15 +27,15 @@ def attend_cache(
 ) -> torch.Tensor:
     """Attention of new tokens to a cache that already holds them; `mask_B1QS` is added to the scores.
 
+    The query heads of one kv head become rows of one product, so keys and values are never repeated.
     Returns [B, Q, N D].
     """
-    query = query_BQND.transpose(1, 2)
-    out = F.scaled_dot_product_attention(
-        query,
-        key_BKSD,
-        value_BKSD,
-        attn_mask=mask_B1QS,
-        scale=scale,
-        enable_gqa=query.shape[1] != key_BKSD.shape[1],
-    )
-    return out.transpose(1, 2).flatten(2)
+    batch, tokens, heads, dim = query_BQND.shape
+    kv_heads = key_BKSD.shape[1]
+    group = heads // kv_heads
+    query_BKrD = query_BQND.view(batch, tokens, kv_heads, group, dim).permute(0, 2, 3, 1, 4)
+    query_BKrD = query_BKrD.reshape(batch, kv_heads, group * tokens, dim)
+    mask_B1rS = mask_B1QS if tokens == 1 else mask_B1QS.repeat(1, 1, group, 1)
+    out = F.scaled_dot_product_attention(query_BKrD, key_BKSD, value_BKSD, attn_mask=mask_B1rS, scale=scale)
+    out = out.view(batch, kv_heads, group, tokens, dim).permute(0, 3, 1, 2, 4)
+    return out.reshape(batch, tokens, heads * dim)
