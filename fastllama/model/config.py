@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields
 
 _COMPILE = ("no", "static", "dynamic", "fullgraph")
-_FUSE = ("qkv", "no")
+_FUSE = ("all", "qkv", "no")
 
 
 def _switch(default, help: str, allowed: str, lossless: bool = True):
@@ -25,7 +25,7 @@ class FastConfig:
     prefill_chunk: int | None = _switch(
         None, "prompt tokens per prefill pass; None takes the whole prompt at once", "None or an integer >= 16"
     )
-    fuse: str = _switch("qkv", "products that share an input run as one: query/key/value", "qkv, no")
+    fuse: str = _switch("all", "products that share an input run as one: query/key/value, gate/up", "all, qkv, no")
 
     def __post_init__(self):
         for switch in fields(self):

@@ -142,7 +142,7 @@ def _same(product: Fused | Parallel, modules: tuple[nn.Module, ...]) -> bool:
 
 
 def gather(model: nn.Module, fuse_what: str) -> Weights:
-    """Collects and fuses the weights of a transformers Llama. `fuse_what`: "qkv" or "no"."""
+    """Collects and fuses the weights of a transformers Llama. `fuse_what`: "all", "qkv" or "no"."""
     blocks = []
     # Views made under inference mode could never be trained again.
     with torch.inference_mode(False), torch.no_grad():
@@ -156,7 +156,7 @@ def gather(model: nn.Module, fuse_what: str) -> Weights:
                     qkv=fuse(qkv) if fuse_what != "no" else Parallel(qkv),
                     o=attention.o_proj,
                     post_norm=layer.post_attention_layernorm,
-                    gate_up=Parallel(gate_up),
+                    gate_up=fuse(gate_up) if fuse_what == "all" else Parallel(gate_up),
                     down=mlp.down_proj,
                     activation=mlp.act_fn,
                 )
