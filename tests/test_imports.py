@@ -1,0 +1,80 @@
+"""The house of DESIGN: a floor imports only from floors above it."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "fastllama"
+FLOORS = ["kernels", "cache", "model", "decode", "llama", "registration", "demo", "lab"]
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def floor_of(path: Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imported_modules(path: Path) -> set[str]:
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} uses a relative import"
+            modules.add(node.module)
+            modules.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return modules
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_floor_imports_only_from_above(path):
+    own = floor_of(path)
+    if own == "__init__":
+        return
+    for module in imported_modules(path):
+        if module.startswith("fastllama."):
+            other = module.split(".")[1]
+            if other in FLOORS:
+                assert FLOORS.index(other) <= FLOORS.index(own), f"{own} must not import {module}"
+            else:
+                assert own == "lab", f"{own} must not import through fastllama/__init__"
+        elif module == "fastllama":
+            assert own in ("demo", "lab"), f"{own} must not import the package's public names"
+
+
+def test_every_floor_is_known():
+    assert {floor_of(path) for path in FILES} == {*FLOORS, "__init__"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_owners_are_alone(path):
+    floor, text = floor_of(path), path.read_text()
+    modules = imported_modules(path)
+    if floor == "kernels":
+        assert not any(module.split(".")[0] == "transformers" for module in modules)
+    # Training reports how long it took; everything else that reads a clock is in lab/ or kernels/tune.py.
+    if floor != "lab" and path.name not in ("tune.py", "train.py"):
+        assert "time" not in modules
+    if path != PACKAGE / "model" / "compiled.py" and floor != "lab":
+        assert "torch.compile(" not in text
+
+
+def test_importing_fastllama_changes_nothing_in_transformers():
+    code = """
+import transformers
+from transformers import AutoModelForCausalLM, LlamaConfig
+names = {name: getattr(transformers, name) for name in ("LlamaForCausalLM", "LlamaConfig", "LlamaModel")}
+members = dict(vars(transformers.LlamaForCausalLM))
+generation = dict(vars(transformers.GenerationMixin))
+mapped = AutoModelForCausalLM._model_mapping[LlamaConfig]
+import fastllama
+assert all(getattr(transformers, name) is value for name, value in names.items())
+assert dict(vars(transformers.LlamaForCausalLM)) == members
+assert dict(vars(transformers.GenerationMixin)) == generation
+assert AutoModelForCausalLM._model_mapping[LlamaConfig] is mapped
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,453 @@
+"""Records: what is refused, what is kept, and that each belongs to its commit."""
+
+import copy
+import json
+import multiprocessing
+import shutil
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fastllama.lab import board, changes, figures, record, schema, sources, words
+from fastllama.lab import git as lab_git
+from tests.fake_records import COMMIT, commit, fake_record, git, make_repository, make_tree, point, runs
+
+
+def write(folder, content) -> None:
+    folder.mkdir(parents=True)
+    (folder / "record.json").write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+def stored(root, made) -> dict:
+    write(root / "tb_logs" / made["id"], made)
+    return made
+
+
+# --- reading
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path):
+    made = stored(tmp_path, fake_record())
+    assert record.read(tmp_path / "tb_logs" / made["id"] / "record.json") == made
+
+
+EDITS = {
+    "tok_per_s": (("tok_per_s",), 4000.0),
+    "decode_tok_per_s": (("decode_tok_per_s",), 40.5),
+    "ttft_ms": (("ttft_ms",), 1.0),
+    "baseline.tok_per_s": (("baseline", "tok_per_s"), 1.0),
+    "decode_speedup": (("decode_speedup",), 3.0),
+    "speedup": (("speedup",), 3.0),
+    "ceiling_fraction": (("ceiling_fraction",), 0.9),
+    "runs[1].total_s": (("runs", 1, "total_s"), -1.0),
+    "runs[0] ": (("runs", 0, "total_s"), 0.0),
+    "max_mem_mb": (("max_mem_mb",), -1),
+    "schema": (("schema",), 2),
+    "parity": (("parity",), "equal"),
+    "reference_hash": (("reference_hash",), "deadbeef"),
+    "hash": (("hash",), "0D6AA042"),
+    "dtype": (("dtype",), "fp8"),
+    "batch_size": (("batch_size",), 0),
+    "new_tokens": (("new_tokens",), True),
+    "switches.compile": (("switches", "compile"), "always"),
+    "environment.threads": (("environment", "threads"), "two"),
+    "warmup_s": (("warmup_s",), float("nan")),
+    "load_s": (("load_s",), float("inf")),
+    "commit": (("commit",), "abc"),
+    "id": (("commit",), "f" * 40),
+    "source_sha256": (("source_sha256",), "x"),
+    "recorded_at": (("recorded_at",), "yesterday"),
+    "recorded_at ": (("recorded_at",), "2026-02-31T12:00:00+00:00"),
+}
+
+
+@pytest.mark.parametrize("named", EDITS)
+def test_an_edited_record_is_refused_and_the_field_named(tmp_path, named):
+    path, value = EDITS[named]
+    made = fake_record()
+    inner = made
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    stored(tmp_path, made)
+    with pytest.raises(ValueError) as error:
+        record.read_all(tmp_path)
+    assert made["id"] in str(error.value) and named.strip() in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", sorted(fake_record()))
+def test_a_record_without_a_field_is_refused_and_the_field_named(tmp_path, name):
+    made = fake_record()
+    folder = tmp_path / "tb_logs" / made["id"]
+    del made[name]
+    write(folder, made)
+    with pytest.raises(ValueError, match=rf"record\.json: .*{name}"):
+        record.read(folder / "record.json")
+
+
+def test_a_truncated_record_is_refused_by_name(tmp_path):
+    text = json.dumps(fake_record())
+    for length in (0, 1, len(text) // 2, len(text) - 1):
+        folder = tmp_path / str(length)
+        write(folder, text[:length])
+        with pytest.raises(ValueError, match=rf"{length}.record\.json: not valid JSON"):
+            record.read(folder / "record.json")
+
+
+def test_a_record_in_another_records_folder_is_refused(tmp_path):
+    write(tmp_path / "tb_logs" / "002-0123456", fake_record(1))
+    with pytest.raises(ValueError, match="not the name of its folder"):
+        record.read_all(tmp_path)
+
+
+def test_parity_words_agree_with_the_hashes():
+    for parity in ("tie", "differs"):
+        with pytest.raises(ValueError, match=parity):
+            schema.check_point(point(parity=parity), "p")
+        assert schema.check_point(point(parity=parity, reference_hash="00000000"), "p")
+    assert schema.check_point(point(parity="half", dtype="bf16", reference_hash="00000000"), "p")
+    with pytest.raises(ValueError, match="no baseline"):
+        schema.check_point(point(vanilla=None, parity="exact"), "p")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def _places(value, path=()):
+    yield path
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, content in inner:
+        yield from _places(content, (*path, key))
+
+
+PLACES = [path for path in _places(fake_record()) if path]
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.sampled_from(PLACES), value=JSON, cut=st.none() | st.integers(0, 3000))
+def test_no_malformed_record_raises_anything_but_value_error(tmp_path, place, value, cut):
+    made = copy.deepcopy(fake_record())
+    inner = made
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    path = tmp_path / made_folder() / "record.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(made)[:cut])
+    try:
+        # What is accepted must also be fit to be shown.
+        changes.render([record.read(path)], tmp_path)
+    except ValueError as error:
+        assert str(path) in str(error)
+
+
+def made_folder() -> str:
+    return fake_record()["id"]
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.binary(max_size=64) | JSON.map(lambda value: json.dumps(value).encode()))
+def test_no_file_raises_anything_but_value_error(tmp_path, content):
+    path = tmp_path / "record.json"
+    path.write_bytes(content)
+    for read in (record.read, record.read_jsonl):
+        try:
+            read(path)
+        except ValueError as error:
+            assert str(path) in str(error)
+
+
+def test_deep_nesting_is_a_value_error(tmp_path):
+    path = tmp_path / "record.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"record\.json"):
+        record.read(path)
+
+
+# --- figures
+
+
+def test_figures_follow_their_definitions():
+    samples = [{"total_s": 2.0, "first_s": 1.0}, {"total_s": 3.0, "first_s": 1.0}, {"total_s": 5.0, "first_s": 1.0}]
+    summary = figures.summary(samples, batch_size=3, new_tokens=11)
+    assert summary == {"tok_per_s": 11.0, "decode_tok_per_s": 15.0, "row_tok_per_s": 5.0, "ttft_ms": 1000.0}
+    assert figures.summary(samples, 3, 1)["decode_tok_per_s"] is None
+
+
+def test_overlapping_spreads_make_no_claim():
+    assert figures.overlap((1, 2), (2, 3)) and figures.overlap((1, 4), (2, 3)) and figures.overlap(None, (1, 2))
+    assert not figures.overlap((1, 2), (2.1, 3)) and not figures.overlap((4, 5), (1, 2))
+
+
+# --- saving
+
+
+def test_saving_writes_the_record_the_log_and_the_board(tmp_path):
+    sha = make_repository(tmp_path)
+    path = record.save(point(), "first", root=tmp_path)
+    second = record.save(point(50.0), "second", root=tmp_path)
+    assert [path.parent.name, second.parent.name] == [f"001-{sha[:7]}", f"002-{sha[:7]}"]
+    kept = record.read(path)
+    assert (kept["what"], kept["commit"], kept["prediction"]) == ("first", sha, None)
+    assert kept["source_sha256"] == record.source_sha256(tmp_path) == lab_git.source_sha256_of_commit(sha, tmp_path)
+    assert {name: kept[name] for name in point()} == point()
+    assert "| first |" in (tmp_path / "changes.md").read_text()
+    assert len(list((tmp_path / "tb_logs").glob("*/events.out.tfevents.*"))) == 2
+    assert not list((tmp_path / "tb_logs").rglob("*.tmp"))
+
+
+def test_a_bad_point_leaves_nothing_behind(tmp_path):
+    make_repository(tmp_path)
+    with pytest.raises(ValueError, match="the measured point: field tok_per_s"):
+        record.save(point(tok_per_s=1.0), "first", root=tmp_path)
+    assert not (tmp_path / "tb_logs").exists() and not (tmp_path / "changes.md").exists()
+
+
+def test_a_point_measured_on_other_source_is_refused(tmp_path):
+    make_repository(tmp_path)
+    source = record.source_sha256(tmp_path)
+    assert record.read(record.save(point(source_sha256=source), "first", root=tmp_path))["source_sha256"] == source
+    with pytest.raises(ValueError, match="changed while the point was measured"):
+        record.save(point(source_sha256="0" * 64), "second", root=tmp_path)
+    assert len(record.read_all(tmp_path)) == 1
+
+
+def _save(root, sha, barrier):
+    barrier.wait(90)
+    record.save(point(), f"by {multiprocessing.current_process().name}", commit=sha, root=root)
+
+
+def test_two_processes_that_save_at_once_both_succeed(tmp_path):
+    make_tree(tmp_path)
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(2)
+    processes = [context.Process(target=_save, args=(tmp_path, COMMIT, barrier), name=name) for name in ("a", "b")]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    records = record.read_all(tmp_path)
+    assert [made["id"] for made in records] == ["001-0123456", "002-0123456"]
+    assert {made["what"] for made in records} == {"by a", "by b"}
+    assert changes.is_current(records, tmp_path)
+
+
+def dirty_change(root, name):
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("changed = True\n")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["run_llama.py", "setup.py", "fastllama/__init__.py", "fastllama/new.py", "fastllama/demo/model.safetensors"],
+)
+def test_a_dirty_tree_is_refused_and_the_file_named(tmp_path, name):
+    make_repository(tmp_path)
+    dirty_change(tmp_path, name)
+    with pytest.raises(ValueError, match=f"dirty.*{name}"):
+        record.check_recordable(root=tmp_path)
+    git(tmp_path, "add", "-A")
+    with pytest.raises(ValueError, match=f"dirty.*{name}"):
+        record.check_recordable(root=tmp_path)
+    with pytest.raises(ValueError, match="dirty"):
+        record.save(point(), "first", root=tmp_path)
+    assert not (tmp_path / "tb_logs").exists()
+    assert commit(tmp_path) == record.check_recordable(root=tmp_path)
+
+
+def test_a_removed_source_file_is_dirty(tmp_path):
+    make_repository(tmp_path)
+    (tmp_path / "setup.py").unlink()
+    with pytest.raises(ValueError, match=r"dirty.*setup\.py"):
+        record.check_recordable(root=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["changes.md", "tb_logs/x/record.json", "README.md", "fastllama/__pycache__/a.py"])
+def test_what_no_measurement_depends_on_may_differ(tmp_path, name):
+    sha = make_repository(tmp_path)
+    dirty_change(tmp_path, name)
+    assert record.check_recordable(root=tmp_path) == sha
+
+
+def test_the_named_commit_must_be_the_one_checked_out(tmp_path):
+    sha = make_repository(tmp_path)
+    assert record.check_recordable(sha, tmp_path) == record.check_recordable(sha[:7], tmp_path) == sha
+    for other in (COMMIT, sha[:3], "main"):
+        with pytest.raises(ValueError, match="not the commit checked out"):
+            record.check_recordable(other, tmp_path)
+
+
+def test_a_repository_without_a_commit_is_refused(tmp_path):
+    make_tree(tmp_path)
+    git(tmp_path, "init", "-q")
+    with pytest.raises(ValueError, match="no commit"):
+        record.check_recordable(root=tmp_path)
+
+
+def test_a_folder_that_is_not_the_repository_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"run_llama\.py"):
+        record.check_recordable(COMMIT, tmp_path)
+
+
+# --- a copied tree, without .git
+
+
+def test_without_git_a_full_sha_is_needed(tmp_path):
+    make_tree(tmp_path)
+    with pytest.raises(ValueError, match="--commit SHA"):
+        record.check_recordable(root=tmp_path)
+    for bad in ("", "main", COMMIT[:7], COMMIT.upper(), COMMIT + "0"):
+        with pytest.raises(ValueError, match="not a full sha"):
+            record.check_recordable(bad, tmp_path)
+    assert record.check_recordable(COMMIT, tmp_path) == COMMIT
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """A repository, its sha, and a copy of its tree without .git."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    sha = make_repository(here)
+    shutil.copytree(here, there, ignore=shutil.ignore_patterns(".git"))
+    return here, sha, there
+
+
+def test_a_record_of_a_copied_tree_is_verified_when_it_comes_back(copied):
+    here, sha, there = copied
+    path = record.save(point(), "elsewhere", commit=sha, root=there)
+    assert not record.verify(record.read(path), there)
+    shutil.copytree(path.parent, here / "tb_logs" / path.parent.name)
+    [back] = record.read_all(here)
+    assert back["what"] == "elsewhere" and record.verify(back, here)
+
+
+def test_a_record_of_a_changed_copy_is_refused_by_name(copied):
+    here, sha, there = copied
+    (there / "run_llama.py").write_text("print('faster')\n")
+    path = record.save(point(), "elsewhere", commit=sha, root=there)
+    shutil.copytree(path.parent, here / "tb_logs" / path.parent.name)
+    with pytest.raises(ValueError, match=f"record {path.parent.name}: its source hash is not that of commit"):
+        record.read_all(here)
+
+
+def test_a_commit_that_this_clone_lacks_is_not_verified(tmp_path):
+    make_repository(tmp_path)
+    made = stored(tmp_path, fake_record())
+    assert record.read_all(tmp_path) == [made] and not record.verify(made, tmp_path)
+
+
+def test_the_source_hash_moves_with_name_and_content(tmp_path):
+    make_tree(tmp_path)
+    seen = {sources.source_sha256(tmp_path)}
+    (tmp_path / "setup.py").write_text("# other\n")
+    seen.add(sources.source_sha256(tmp_path))
+    (tmp_path / "fastllama" / "a.py").write_text("")
+    seen.add(sources.source_sha256(tmp_path))
+    (tmp_path / "fastllama" / "a.py").rename(tmp_path / "fastllama" / "b.py")
+    seen.add(sources.source_sha256(tmp_path))
+    assert len(seen) == 4
+
+
+# --- predictions
+
+
+def test_a_prediction_is_taken_from_the_file_and_known_to_be_committed(tmp_path):
+    make_repository(tmp_path)
+    words.predict("fused", "a tenth faster", tmp_path)
+    early = record.read(record.save(point(), "fused", root=tmp_path))
+    assert (early["prediction"], early["prediction_committed"]) == ("a tenth faster", False)
+    commit(tmp_path)
+    held = record.read(record.save(point(), "fused", root=tmp_path))
+    assert (held["prediction"], held["prediction_committed"]) == ("a tenth faster", True)
+    given_ = record.read(record.save(point(), "fused", prediction="twice", root=tmp_path))
+    assert (given_["prediction"], given_["prediction_committed"]) == ("twice", False)
+    other = record.read(record.save(point(), "other", root=tmp_path))
+    assert (other["prediction"], other["prediction_committed"]) == (None, None)
+
+
+def test_a_prediction_made_up_afterwards_is_refused(tmp_path):
+    make_repository(tmp_path)
+    path = record.save(point(), "fused", prediction="twice", root=tmp_path)
+    made = {**record.read(path), "prediction_committed": True}
+    words.dump_json(path, made)
+    with pytest.raises(ValueError, match=f"record {made['id']}: its prediction"):
+        record.read_all(tmp_path)
+
+
+def test_predictions_are_not_rewritten(tmp_path):
+    words.predict("fused", "a tenth faster", tmp_path)
+    words.predict("fused", "a tenth faster", tmp_path)
+    with pytest.raises(ValueError, match="exists already"):
+        words.predict("fused", "no faster", tmp_path)
+    with pytest.raises(ValueError, match="needs words"):
+        words.predict(" ", "x", tmp_path)
+    assert words.predictions(tmp_path) == {"fused": "a tenth faster"}
+
+
+# --- lines of points
+
+
+def test_points_come_back_from_lines(tmp_path):
+    path = tmp_path / "sweep.jsonl"
+    assert record.read_jsonl(path) == []
+    for size in (1, 2):
+        record.append_jsonl(path, point(batch_size=size))
+    assert record.read_jsonl(path) == [point(batch_size=1), point(batch_size=2)]
+
+
+def test_a_line_cut_short_is_measured_again(tmp_path):
+    path = tmp_path / "sweep.jsonl"
+    record.append_jsonl(path, point(batch_size=1))
+    with open(path, "a") as file:
+        file.write(json.dumps(point(batch_size=2))[:100])
+    assert record.read_jsonl(path) == [point(batch_size=1)]
+    record.append_jsonl(path, point(batch_size=2))
+    assert [made["batch_size"] for made in record.read_jsonl(path)] == [1, 2]
+
+
+def test_a_whole_last_line_without_its_end_is_kept(tmp_path):
+    path = tmp_path / "sweep.jsonl"
+    path.write_text(json.dumps(point(batch_size=1)))
+    record.append_jsonl(path, point(batch_size=2))
+    assert [made["batch_size"] for made in record.read_jsonl(path)] == [1, 2]
+
+
+def test_a_bad_line_is_named(tmp_path):
+    path = tmp_path / "sweep.jsonl"
+    good = json.dumps(point())
+    for bad in ("{", json.dumps(point(tok_per_s=1.0)), "7"):
+        path.write_text(f"{good}\n{bad}\n{good}\n")
+        with pytest.raises(ValueError, match=r"sweep\.jsonl line 2: "):
+            record.read_jsonl(path)
+    with pytest.raises(ValueError, match="sweep"):
+        record.append_jsonl(path, point(max_mem_mb=float("nan")))
+
+
+# --- TensorBoard
+
+
+def test_tensorboard_reads_the_records_figures(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for number, speed in ((3, 40.0), (4, 50.0)):
+        made = fake_record(number, speed=speed, model="org/name", runs=runs(speed))
+        folder = tmp_path / made["id"]
+        folder.mkdir()
+        board.write(made, folder)
+        board.write(made, folder)  # again: replaced, not added
+        [_] = folder.glob("events.out.tfevents.*")
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        wanted = {name: made[name] for name in board.FIGURES if made[name] is not None}
+        tags = {f"org_name fp32 cpu b1 p1000 n200/{name}": value for name, value in wanted.items()}
+        assert set(events.Tags()["scalars"]) == set(tags)
+        for tag, value in tags.items():
+            [scalar] = events.Scalars(tag)
+            assert scalar.step == number and scalar.value == pytest.approx(value, rel=1e-6)

@@ -1,0 +1,386 @@
+"""The command line, run in this process on a tiny checkpoint."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import run_llama
+from fastllama.lab import ceiling, measure, memory, record, schema, sweep, table
+from fastllama.lab.point import Point
+from fastllama.lab.workload import Workload
+from tests.test_measure import write_tiny
+
+SMALL = ["--dtype", "fp32", "--device", "cpu", "--prompt-length", "12", "--new-tokens", "4", "--runs", "1"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def light(monkeypatch, tmp_path):
+    """No child processes, a ceiling of a megabyte, and logs in a temporary folder."""
+    monkeypatch.setattr(memory, "peaks", lambda point, name: memory.Peaks(10.0, 20.0, 0.5))
+    monkeypatch.setattr(measure, "Ceiling", lambda device: ceiling.Ceiling(device, 2**20))
+    monkeypatch.setattr(run_llama, "LOGS", tmp_path / "tb_logs")
+
+
+def run(*argv) -> int:
+    try:
+        return run_llama.main([str(word) for word in argv])
+    except SystemExit as end:
+        return end.code
+
+
+def read(path) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+# what is measured
+
+
+def test_ours_beside_vanilla(tiny, tmp_path, capsys):
+    file = tmp_path / "points.jsonl"
+    assert run("--model", tiny, *SMALL, "--preallocate", "--json", file) == 0
+    (point,) = read(file)
+    schema.check_point(point, "the point")
+    assert point["parity"] == "exact" and point["switches"]["preallocate"] is True
+    out, err = capsys.readouterr()
+    for words in ("vanilla", "ours", "exact", point["hash"], "of the ceiling", "recompiles after warm-up: 0"):
+        assert words in out
+    assert "Traceback" not in err
+
+
+def test_without_preallocate_vanilla_is_the_baseline(tiny, tmp_path, capsys):
+    file = tmp_path / "points.jsonl"
+    assert run("--model", tiny, *SMALL, "--json", file) == 0
+    (point,) = read(file)
+    assert point["parity"] == "reference" and point["baseline"] is None
+    assert "ours" not in capsys.readouterr().out
+
+
+def test_compile_without_preallocate_compiles_vanilla(tiny, tmp_path, monkeypatch):
+    asked = []
+
+    def compiled(function, **how):
+        asked.append(how)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    file = tmp_path / "points.jsonl"
+    for mode in ("fullgraph", "dynamic"):
+        assert run("--model", tiny, *SMALL, "--compile", mode, "--json", file) == 0
+    assert [(how["dynamic"], how["fullgraph"]) for how in asked] == [(False, True), (True, True)]
+    static, dynamic = read(file)
+    assert static["switches"] == {"preallocate": False, "compile": "static"}
+    assert static["path"] == "transformers, static cache, compiled static"
+    assert dynamic["baseline"]["path"] == "transformers, eager" and dynamic["parity"] == "exact"
+
+
+def test_comma_lists_make_a_product(tiny, tmp_path, capsys):
+    file = tmp_path / "points.jsonl"
+    sizes = ["--batch-size", "1,2", "--prompt-length", "8,12", "--new-tokens", "2,3"]
+    assert run("--model", tiny, *SMALL, *sizes, "--warmup", "0", "--json", file) == 0
+    found = [(point["batch_size"], point["prompt_length"], point["new_tokens"]) for point in read(file)]
+    assert found == [(b, p, n) for b in (1, 2) for p in (8, 12) for n in (2, 3)]
+    assert "all points" in capsys.readouterr().out
+
+
+def test_defaults_are_the_constants(monkeypatch):
+    seen = []
+    monkeypatch.setattr(run_llama, "_run", lambda options: seen.extend(run_llama._points(options)) or 0)
+    monkeypatch.setattr(run_llama, "BATCH_SIZES", [3])
+    assert run("--dtype", "fp32", "--device", "cpu") == 0
+    assert [(point.workload, point.runs, point.warmup) for point in seen] == [(Workload(3, 1000, 200), 5, 2)]
+    seen.clear()
+    assert run("--dtype", "fp32", "--sweep", "batch") == 0
+    assert [point.workload.batch_size for point in seen] == [1, 2, 4, 8, 16, 32, 64, 128]
+    assert {point.runs for point in seen} == {10}
+    seen.clear()
+    assert run("--dtype", "fp32", "--sweep", "length", "--batch-size", "1") == 0
+    assert [point.workload.prompt_length for point in seen] == [100, 200, 400, 800, 1600]
+    seen.clear()
+    assert run("--dtype", "fp32", "--profile") == 0
+    assert [(point.workload.new_tokens, point.runs) for point in seen] == [
+        (10, 1),
+    ]
+
+
+def test_auto_dtype_asks_the_processor_and_the_size(monkeypatch, tiny):
+    from fastllama.lab import checkpoint
+
+    for has, name, dtype in (
+        (True, tiny, "fp32"),
+        (True, "random:llama-160m", "fp32"),
+        (True, "inflated:tinyllama-1.1b", "bf16"),
+        (False, "inflated:tinyllama-1.1b", "fp32"),
+    ):
+        monkeypatch.setattr(checkpoint, "has_bf16_products", lambda has=has: has)
+        assert checkpoint.auto_dtype(name, "cpu") == dtype
+
+
+def test_profile_leaves_a_trace(tiny, capsys):
+    assert run("--model", tiny, "--device", "cpu", "--prompt-length", "12", "--preallocate", "--profile") == 0
+    (path,) = run_llama.LOGS.glob("traces/tiny-ours-no/*.pt.trace.json")
+    trace = json.loads(path.read_text())
+    assert any(event.get("name") == "aten::mm" for event in trace["traceEvents"])
+    assert "host_name" not in trace and trace["traceName"] == path.name
+    out = capsys.readouterr().out
+    assert "aten::" in out and "share" in out
+
+
+# sweeps
+
+
+def test_an_interrupted_sweep_resumes(tiny, tmp_path, monkeypatch, capsys):
+    argv = ["--model", tiny, *SMALL, "--sweep", "batch", "--batch-size", "1,2,3", "--warmup", "0"]
+    real, measured = measure.measure, []
+
+    def interrupted(point, progress):
+        if point.workload.batch_size == 3 and not measured[2:]:
+            measured.append("interrupted")
+            raise KeyboardInterrupt
+        measured.append(point.workload.batch_size)
+        return real(point, progress)
+
+    monkeypatch.setattr(measure, "measure", interrupted)
+    assert run(*argv) == 130
+    (file,) = run_llama.LOGS.glob("sweeps/*.jsonl")
+    assert file.name == "batch-tiny-fp32-cpu-vanilla-no.jsonl"
+    assert [point["batch_size"] for point in read(file)] == [1, 2]
+    capsys.readouterr()
+    assert run(*argv) == 0
+    assert measured == [1, 2, "interrupted", 3]
+    assert [point["batch_size"] for point in read(file)] == [1, 2, 3]
+    err = capsys.readouterr().err
+    assert err.count("already in") == 2 and "batch 1, prompt 12, 4 new tokens" in err
+    # Other switches, another seed or other sources are other points.
+    assert run(*argv, "--seed", "1") == 0
+    monkeypatch.setattr(record, "source_sha256", lambda: "0" * 64)
+    assert run(*argv) == 0
+    assert measured[4:] == [1, 2, 3, 1, 2, 3]
+
+
+def test_a_point_that_fails_does_not_end_a_sweep(tiny, tmp_path, monkeypatch, capsys):
+    real = measure.measure
+
+    def measured(point, progress):
+        if point.workload.batch_size == 2:
+            raise MemoryError("batch 2 does not fit")
+        return real(point, progress)
+
+    monkeypatch.setattr(measure, "measure", measured)
+    file = tmp_path / "points.jsonl"
+    assert run("--model", tiny, *SMALL, "--batch-size", "1,2,3", "--warmup", "0", "--json", file) == 2
+    assert [point["batch_size"] for point in read(file)] == [1, 3]
+    assert "error: batch 2, prompt 12, 4 new tokens: batch 2 does not fit\n" in capsys.readouterr().err
+
+
+def test_a_point_is_on_disk_before_the_next_begins(tiny, tmp_path, monkeypatch):
+    real, file, lines = measure.measure, tmp_path / "points.jsonl", []
+
+    def measured(point, progress):
+        lines.append(len(read(file)) if file.exists() else 0)
+        return real(point, progress)
+
+    monkeypatch.setattr(measure, "measure", measured)
+    assert run("--model", tiny, *SMALL, "--batch-size", "1,2,3", "--warmup", "0", "--json", file) == 0
+    assert lines == [0, 1, 2]
+
+
+# errors: one sentence, exit code 2
+
+
+def one_sentence(capsys) -> str:
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if line.strip() and not line.startswith("warning: ")]
+    assert len(lines) == 1 and lines[0].startswith("error: "), err
+    assert "Traceback" not in err and not out.strip()
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--compile", "maybe"], "invalid choice: 'maybe'"),
+        (["--batch-size", "0"], "argument --batch-size: 0 is below 1"),
+        (["--batch-size", "1,-4"], "-4 is below 1"),
+        (["--prompt-length", "-1"], "argument --prompt-length"),
+        (["--new-tokens", "many"], "'many' is not a whole number"),
+        (["--cache-length", "0"], "argument --cache-length: 0 is below 1"),
+        (["--runs", "0"], "argument --runs: 0 is below 1"),
+        (["--nonsense"], "--nonsense"),
+        (["--predict", "faster"], "--predict and --commit belong to --record"),
+        (["--record", " "], "it is empty"),
+        (["--profile", "--json", "x"], "--profile leaves a trace and no record"),
+        (["--device", "abacus"], "device 'abacus' cannot be used"),
+        (["--device", "meta"], "holds no numbers"),
+        (["--bucket", "64"], "--bucket needs --preallocate"),
+        (["--cache-length", "4000"], "--cache-length needs --preallocate"),
+        (["--preallocate", "--bucket", "3"], "bucket=3 is not allowed"),
+        (["--preallocate", "--cache-length", "10"], "a cache of 10 positions is too short for a prompt of 12"),
+        (["--preallocate", "--batch-size", "1000000000"], "GB are free on cpu"),
+        (["--prompt-file", "/nowhere/text"], "there is no prompt file /nowhere/text"),
+    ],
+)
+def test_bad_options(tiny, argv, words, capsys, tmp_path):
+    assert run("--model", tiny, *SMALL, *argv) == 2
+    assert words in one_sentence(capsys)
+    assert not run_llama.LOGS.exists()
+
+
+def broken(tmp_path, tiny, what) -> str:
+    folder = tmp_path / "broken"
+    if what == "missing":
+        return str(folder)
+    folder.mkdir()
+    for file in Path(tiny).iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    if what == "corrupt":
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif what == "no tokenizer":
+        for file in folder.glob("tokenizer*"):
+            file.unlink()
+    elif what == "no config":
+        (folder / "config.json").unlink()
+    elif what == "no weights":
+        (folder / "model.safetensors").unlink()
+    elif what == "not json":
+        (folder / "config.json").write_text("{")
+    else:
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": what}))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("missing", "there is no model folder"),
+        ("corrupt", "are corrupt"),
+        ("gpt2", "is a gpt2 checkpoint, and only Llama runs here"),
+        ("nosuchtype", "is not a Llama checkpoint"),
+        ("no tokenizer", "has no tokenizer"),
+        ("no config", "error"),
+        ("no weights", "cannot load"),
+        ("not json", "error"),
+    ],
+)
+@pytest.mark.parametrize("preallocate", [False, True])
+def test_bad_checkpoints(tiny, tmp_path, what, words, preallocate, capsys):
+    argv = ["--preallocate"] if preallocate else []
+    file = tmp_path / "points.jsonl"
+    assert run("--model", broken(tmp_path, tiny, what), *SMALL, *argv, "--json", file) == 2
+    assert words in one_sentence(capsys)
+    assert not file.exists()
+
+
+def test_a_hub_out_of_reach(capsys, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise OSError("We couldn't connect to 'https://hub' to load the files.\nCheck your internet connection")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", unreachable)
+    assert run("--model", "somebody/some-llama", *SMALL) == 2
+    assert one_sentence(capsys) == (
+        "error: cannot load somebody/some-llama: We couldn't connect to 'https://hub' to load the files"
+    )
+
+
+def test_unknown_random_model(capsys):
+    assert run("--model", "random:llama-9t", *SMALL) == 2
+    assert "unknown model random:llama-9t" in one_sentence(capsys)
+
+
+def test_a_short_prompt_file(tiny, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("hello")
+    assert run("--model", tiny, *SMALL, "--prompt-file", tmp_path / "short.txt") == 2
+    assert "and the prompt needs 12" in one_sentence(capsys)
+
+
+def test_debug_shows_the_traceback(tmp_path, capsys):
+    assert run("--model", tmp_path / "nothing", *SMALL, "--debug") == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_dirty_tree_is_refused_before_measuring(tiny, monkeypatch, capsys):
+    def dirty(commit=None):
+        raise ValueError(f"the working tree is dirty (commit {commit})")
+
+    def never(*args):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(record, "check_recordable", dirty)
+    monkeypatch.setattr(measure, "measure", never)
+    assert run("--model", tiny, *SMALL, "--record", "a change", "--commit", "abc") == 2
+    assert one_sentence(capsys) == "error: the working tree is dirty (commit abc)"
+
+
+def test_record_is_given_the_point_and_the_words(tiny, monkeypatch, capsys):
+    saved = []
+    monkeypatch.setattr(record, "check_recordable", lambda commit=None: "f" * 40)
+    monkeypatch.setattr(record, "save", lambda *given: saved.append(given) or Path("tb_logs/001/record.json"))
+    assert run("--model", tiny, *SMALL, "--record", "a change", "--predict", "faster", "--preallocate") == 0
+    ((point, *words),) = saved
+    schema.check_point(point, "the point")
+    assert words == ["a change", "faster", None]
+    assert "recorded: tb_logs/001/record.json" in capsys.readouterr().out
+
+
+def test_warnings(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(measure, "measure", lambda point, progress: pytest.fail("measured"))
+    monkeypatch.setattr(sweep, "run", lambda *args, **kwargs: ([], 0))
+    argv = ["--model", tiny, "--device", "cpu", "--new-tokens", "4"]
+    assert run(*argv, "--dtype", "fp16", "--prompt-length", "12") == 0
+    assert capsys.readouterr().err.startswith("warning: fp16 is slow on a CPU")
+    assert run(*argv, "--dtype", "fp32", "--prompt-length", "600") == 0
+    assert "604 positions are more than the 512" in capsys.readouterr().err
+    assert run(*argv, "--dtype", "fp32", "--prompt-length", "12") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys, run_llama\n"
+        "try: run_llama.main(['--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "assert not {'torch', 'transformers'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(run_llama.__file__).parent, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+# the table
+
+
+def a_record(tiny):
+    return measure.measure(Point(tiny, "fp32", "cpu", Workload(2, 12, 4), preallocate=True, runs=2, warmup=0))
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_table_fits(tiny, width):
+    from rich.console import Console
+
+    point = a_record(tiny)
+    for key in ("tok_per_s", "decode_tok_per_s"):
+        point[key] = point["baseline"][key] = 12_345.0
+    point["max_mem_mb"] = 101_325.0
+    point.update(parity="differs", hash="0badc0de", first_divergence={"row": 1, "position": 2, "margin": 0.25})
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(table.point_table(point, is_random=True))
+    console.print(table.summary_table([point, point]))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    for words in ("0badc0de", "differs", "row 1, new token 2", "0.25", "random weights", "101,325", "12,345"):
+        assert words in text
