@@ -33,6 +33,8 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
     parent's arguments and gives the parent's results; `path` says which way the last call went.
     """
 
+    _given_cache = False  # whether the generate call in progress was handed past_key_values
+
     def __init__(self, config):
         super().__init__(config)
         self._engine = Engine()

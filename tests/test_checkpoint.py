@@ -66,6 +66,8 @@ def test_device_map_and_dtype_arguments(tmp_path):
         assert ours.dtype == reference.dtype
         for (name, a), (_, b) in zip(ours.named_parameters(), reference.named_parameters(), strict=True):
             assert torch.equal(a, b), name
+        generate(ours, prompt("one"), max_new_tokens=4, **GREEDY)
+        assert ours.path.startswith("preallocated"), arguments
 
 
 _PEAK = """

@@ -1,4 +1,7 @@
-"""Half precision: equality is reported, closeness is promised."""
+"""Half precision: equality is reported, closeness is promised.
+
+T positions, V vocabulary
+"""
 
 import pytest
 import torch
@@ -13,28 +16,45 @@ POSITIONS = 1024
 PREFIX = 64
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("compile", ["no", "static"])
-def test_our_logits_are_no_further_from_fp32_than_vanillas(dtype, compile, demo_tokenizer):
-    """Teacher-forced on the reference's own tokens: one decode step a position, for ours and for vanilla."""
-    folder = demo.resolve("demo", torch.float32)
-    reference = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+@pytest.fixture(scope="module")
+def folder():
+    return demo.resolve("demo", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def reference(folder, demo_tokenizer):
+    """(ids [1, T], fp32 logits [T', V]): the reference's own tokens and what it thought of each of the new ones."""
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     prompt = torch.tensor([demo_tokenizer.encode(held_out_text())[:PREFIX]])
     torch.manual_seed(0)  # sampled, because greedy text of a small model soon repeats itself
-    ids = reference.generate(prompt, max_new_tokens=POSITIONS, min_new_tokens=POSITIONS, do_sample=True, top_k=0)
+    ids = model.generate(prompt, max_new_tokens=POSITIONS, min_new_tokens=POSITIONS, do_sample=True, top_k=0)
     assert len(set(ids[0, PREFIX:].tolist())) >= 100
-    vanilla = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    ours = fastllama.LlamaForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    ours.preallocate(1, ids.shape[1], compile=compile)
     with torch.no_grad():
-        fp32 = reference(input_ids=ids).logits[0, PREFIX - 1 : -1]
-        past = vanilla(input_ids=ids[:, :PREFIX], use_cache=True)
-        theirs, mine = [past.logits[0, -1]], [ours.prefill(ids[:, :PREFIX])[0]]
+        return ids, model(input_ids=ids).logits[0, PREFIX - 1 : -1]
+
+
+@pytest.fixture(scope="module", params=[torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def vanilla(request, folder, reference):
+    """(dtype, logits [T', V]) of vanilla in half precision, one decode step a position."""
+    ids, _ = reference
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=request.param).eval()
+    with torch.no_grad():
+        out = model(input_ids=ids[:, :PREFIX], use_cache=True)
+        logits = [out.logits[0, -1]]
         for position in range(PREFIX, ids.shape[1] - 1):
             token = ids[:, position : position + 1]
-            past = vanilla(input_ids=token, past_key_values=past.past_key_values, use_cache=True)
-            theirs.append(past.logits[0, -1])
-            mine.append(ours.step(token)[0, -1])
-    ratio = teacher_forced_rms(torch.stack(mine), torch.stack(theirs), fp32)
-    assert len(mine) == POSITIONS
-    assert ratio <= 1.1
+            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+            logits.append(out.logits[0, -1])
+    return request.param, torch.stack(logits)
+
+
+@pytest.mark.parametrize("compile", ["no", "static"])
+def test_our_logits_are_no_further_from_fp32_than_vanillas(compile, folder, reference, vanilla):
+    ids, fp32 = reference
+    dtype, theirs = vanilla
+    ours = fastllama.LlamaForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    ours.preallocate(1, ids.shape[1], compile=compile)
+    logits = [ours.prefill(ids[:, :PREFIX])[0]]
+    logits += [ours.step(ids[:, position : position + 1])[0, -1] for position in range(PREFIX, ids.shape[1] - 1)]
+    assert len(logits) == len(theirs) == POSITIONS
+    assert teacher_forced_rms(torch.stack(logits), theirs, fp32) <= 1.1

@@ -21,7 +21,8 @@ it again and compares.
   samples of the two overlap, so nothing is claimed.
 - *of ceiling*: bytes that a token must read x tokens per second, as a share of the read bandwidth measured in the
   same run. 100 % is as fast as the memory allows.
-- *max MB*: peak memory of a fresh process (CPU: anonymous memory; accelerator: allocated).
+- *max MB*: peak memory of a fresh process (CPU: anonymous memory, and the weights that stay mapped from the
+  checkpoint's file; accelerator: allocated).
 - *hash*: sha256 over the new ids, 8 digits. *parity*: `exact`, ids equal to vanilla's; `tie`, equal up to a position
   where vanilla's two best logits are closer than 1e-4; `half`, fp16 or bf16, where equality is reported and not
   promised; `differs`; `reference`, vanilla itself.
