@@ -17,8 +17,8 @@ it again and compares.
 
 - *tok/s*: batch size x new tokens / t_N, seconds of the whole call. *decode tok/s*: batch size x (new tokens - 1) /
   (t_N - t_1), from two calls of generate. Both are medians over the runs; (smallest..largest sample) follows.
-- *x vanilla*: decode tok/s over that of transformers' own class, timed in turns in the same run. `~` behind it: the
-  samples of the two overlap, so nothing is claimed.
+- *x vanilla*: decode tok/s over that of transformers' own class, timed in turns in the same run. `~` behind it: in
+  some run it was on the other side of 1, so nothing is claimed.
 - *of ceiling*: bytes that a token must read x tokens per second, as a share of the read bandwidth measured in the
   same run. 100 % is as fast as the memory allows.
 - *max MB*: peak memory of a fresh process (CPU: anonymous memory, and the weights that stay mapped from the
@@ -26,7 +26,9 @@ it again and compares.
 - *hash*: sha256 over the new ids, 8 digits. *parity*: `exact`, ids equal to vanilla's; `tie`, equal up to a position
   where vanilla's two best logits are closer than 1e-4; `half`, fp16 or bf16, where equality is reported and not
   promised; `differs`; `reference`, vanilla itself.
-- *gain*: decode tok/s against the row before. `~`: the samples of the two rows overlap, so nothing is claimed.
+- *gain*: of "x vanilla" on the row before; for a further row of one commit (a switch that was tried), on the first
+  row of that commit. The machine drifts between rows, and vanilla drifts with it, so the ratio is compared and not
+  tok/s. `~`: the runs' ratios of the two rows overlap, so nothing is claimed.
 
 **How to add a row.** Commit the change, then measure it with one command:
 
@@ -80,21 +82,40 @@ def table(heads: list[str], rows: list[list[str]], right: tuple[str, ...] = ()) 
 
 
 def gain(record: dict, before: dict | None) -> str:
-    """Decode gain on the row before in percent; "~" where the spreads overlap, a dash on a first row."""
-    if before is None or record["decode_tok_per_s"] is None or not before["decode_tok_per_s"]:
+    """Gain of "x vanilla" on another row in percent; "~" where their spreads overlap, a dash where there is none."""
+    if before is None or not record["decode_speedup"] or not before["decode_speedup"]:
         return "-"
-    if figures.overlap(figures.spread(record), figures.spread(before)):
+    if figures.overlap(figures.ratio_spread(record), figures.ratio_spread(before)):
         return "~"
-    return f"{100 * (record['decode_tok_per_s'] / before['decode_tok_per_s'] - 1):+.1f} %"
+    return f"{100 * (record['decode_speedup'] / before['decode_speedup'] - 1):+.1f} %"
 
 
 def times_vanilla(record: dict) -> str:
-    """Decode speed over that of the vanilla in the same run, with "~" where their spreads overlap."""
+    """Decode speed over that of the vanilla in the same run, with "~" where some run was on the other side of 1."""
     ratio = number(record["decode_speedup"], 2)
     if record["baseline"] is None or record["decode_speedup"] is None:
         return ratio
-    unclear = figures.overlap(figures.spread(record), figures.spread(record, baseline=True))
-    return f"{ratio} ~" if unclear else ratio
+    return f"{ratio} ~" if figures.overlap(figures.ratio_spread(record), (1.0, 1.0)) else ratio
+
+
+def own_rows(records: list[dict]) -> list[dict]:
+    """Of each commit, machine and workload the first record: what the commit is, without switches tried beside it."""
+    first = {}
+    for record in records:
+        first.setdefault((record["commit"], figures.machine_name(record), figures.workload(record)), record)
+    return list(first.values())
+
+
+def compared_with(rows: list[dict], index: int) -> dict | None:
+    """The row that row `index` of a group is a gain on: its commit's first row, or for that one, the commit before's.
+
+    So switches tried at one commit are compared with that commit's own row and not with each other.
+    """
+    own = own_rows(rows)
+    position = next(place for place, row in enumerate(own) if row["commit"] == rows[index]["commit"])
+    if own[position] is not rows[index]:
+        return own[position]
+    return own[position - 1] if position else None
 
 
 def groups(records: list[dict]) -> dict[str, dict[tuple, list[dict]]]:
@@ -142,7 +163,7 @@ _RIGHT = ("tok/s", "decode tok/s", "x vanilla", "of ceiling", "max MB", "gain")
 
 
 def _group(rows: list[dict]) -> str:
-    lines = [_row(record, before) for record, before in zip(rows, [None, *rows], strict=False)]
+    lines = [_row(record, compared_with(rows, index)) for index, record in enumerate(rows)]
     heads = _HEADS
     if any(record["prediction"] for record in rows):
         heads = [*_HEADS, "predicted"]

@@ -82,12 +82,12 @@ def _label(record: dict) -> str:
 
 
 def rows(records: list[dict], path: Path) -> Path:
-    """Draw decode tok/s of each record of one group, beside vanilla from the same run, with smallest and largest.
+    """Draw decode tok/s of each commit of one group, beside vanilla from the same run, with smallest and largest.
 
     records: one group, as `choose` gives. path: .png or .svg. Returns the path.
     """
     path, plt = _target(path), _pyplot()
-    drawn = [record for record in records if record["decode_tok_per_s"] is not None]
+    drawn = [record for record in changes.own_rows(records) if record["decode_tok_per_s"] is not None]
     if not drawn:
         raise ValueError("no record of this group decoded a second token, so there is no decode tok/s to draw")
     figure, axes = plt.subplots(figsize=(9, 1.5 + 0.6 * len(drawn)), layout="constrained")

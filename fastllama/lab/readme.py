@@ -5,7 +5,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 from fastllama.lab import figures, words
-from fastllama.lab.changes import cell, number, speed, table, times_vanilla
+from fastllama.lab.changes import cell, gain, number, own_rows, speed, table, times_vanilla
 from fastllama.lab.sources import ROOT
 
 NAME = "README.md"
@@ -36,8 +36,8 @@ def _same_but(name: str, first: dict, second: dict) -> bool:
     return differing == {name}
 
 
-def _change(above: float, below: float, overlapping: bool) -> str:
-    return "no difference beyond the spread" if overlapping else f"{100 * (above / below - 1):+.1f} % decode tok/s"
+def _change(gain: str) -> str:
+    return "no difference beyond the spread" if gain == "~" else f"{gain} decode speed"
 
 
 def _where(record: dict) -> str:
@@ -60,8 +60,7 @@ def effect(name: str, default, records: list[dict]) -> str:
                 continue
             if not plain["decode_tok_per_s"]:
                 continue
-            overlapping = figures.overlap(figures.spread(record), figures.spread(plain))
-            change = _change(record["decode_tok_per_s"], plain["decode_tok_per_s"], overlapping)
+            change = _change(gain(record, plain))
             key = (figures.machine_name(record), record["model"], record["dtype"], _show(value))
             found[key] = f"`{_show(value)}`: {change} ({_where(record)}; {record['id']} beside {plain['id']})"
     return "<br>".join(found.values()) or NOT_MEASURED
@@ -77,8 +76,7 @@ def effect_of_preallocate(records: list[dict], defaults: dict) -> str:
             continue
         if record["decode_tok_per_s"] is None:
             continue
-        overlapping = figures.overlap(figures.spread(record), figures.spread(record, baseline=True))
-        change = _change(record["decode_tok_per_s"], baseline["decode_tok_per_s"], overlapping)
+        change = _change(gain(record, {**record, "baseline": None, "decode_speedup": 1.0}))
         key = (figures.machine_name(record), record["model"], record["dtype"])
         found[key] = f"`on`: {change} ({_where(record)}; {record['id']} beside vanilla)"
     return "<br>".join(found.values()) or NOT_MEASURED
@@ -127,9 +125,9 @@ _RESULT_RIGHT = (
 
 
 def result(records: list[dict], root: Path = ROOT) -> str:
-    """A table per machine: of each model and dtype the newest record that has vanilla beside it."""
+    """A table per machine: of each model and dtype the newest commit's row that has vanilla beside it."""
     newest = {}
-    for record in records:
+    for record in own_rows(records):
         if record["baseline"] is not None and record["switches"]["preallocate"]:
             key = (record["model"], record["dtype"])
             newest.setdefault(figures.machine_name(record), {})[key] = record
