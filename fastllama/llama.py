@@ -1,6 +1,7 @@
 """LlamaForCausalLM: transformers' class, generating from a preallocated cache."""
 
 import functools
+from contextvars import ContextVar
 
 import torch
 import transformers
@@ -13,6 +14,8 @@ from fastllama.decode.support import call_obstacle, model_obstacle
 from fastllama.model.config import FastConfig
 
 logger = logging.get_logger("fastllama")
+# Whether the generate call in progress, in this thread, was handed past_key_values.
+_given_cache: ContextVar[bool] = ContextVar("given_cache", default=False)
 
 
 def _on_ordinary_tensors(method):
@@ -33,8 +36,6 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
     parent's arguments and gives the parent's results; `path` says which way the last call went.
     """
 
-    _given_cache = False  # whether the generate call in progress was handed past_key_values
-
     def __init__(self, config):
         super().__init__(config)
         self._engine = Engine()
@@ -50,7 +51,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
 
         `cache_length` counts prompt and new tokens of a row (default: max_position_embeddings). `switches` are fields
         of `FastConfig`, for `config` left out. Raises `ValueError` for a value that is not allowed or a model that
-        the fast path cannot run, `MemoryError` for what does not fit; the earlier reservation is kept then.
+        the fast path cannot run, `MemoryError` for what does not fit, and keeps the earlier reservation then.
         """
         if config is not None and switches:
             raise ValueError("pass either config or single switches to preallocate, not both")
@@ -97,23 +98,26 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         """
         self._require_fast()
         prompt = unpad(input_ids, attention_mask)
-        self._engine.refresh(self)
-        self._engine.fit(self, input_ids.shape[0], prompt.longest)
-        self._engine.begin(self, input_ids.shape[0])
-        return self._engine.prefill(prompt).clone()
+        with self._engine.lock:
+            self._engine.refresh(self)
+            self._engine.fit(self, input_ids.shape[0], prompt.longest, prompt.longest)
+            self._engine.begin(input_ids.shape[0])
+            return self._engine.prefill(prompt).clone()
 
     @_on_ordinary_tensors
     def step(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Appends tokens [B, Q] to the rows of the last prefill; returns logits [B, Q, V].
 
-        Raises `ValueError` before any prefill, for another number of rows, or when an explicit cache is full.
+        The model must be as it was at the prefill. Raises `ValueError` before any prefill, for another number of
+        rows, or when an explicit cache is full.
         """
-        self._require_fast()
-        self._engine.require_rows(input_ids.shape[0])
-        self._engine.refresh(self)
-        while self._engine.room() < input_ids.shape[1]:
-            self._engine.grow(self)
-        return self._engine.step(input_ids.to(self.device)).clone()
+        # One layout for compiled code, whatever the caller sliced it from.
+        ids = input_ids.to(self.device, torch.int64, copy=True, memory_format=torch.contiguous_format)
+        with self._engine.lock:
+            self._engine.require_rows(ids.shape[0])
+            while self._engine.room() < ids.shape[1]:
+                self._engine.grow(self)
+            return self._engine.step(ids).clone()
 
     def _require_fast(self) -> None:
         obstacle = model_obstacle(self)
@@ -125,11 +129,11 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
     @functools.wraps(transformers.LlamaForCausalLM.generate)
     def generate(self, *args, **kwargs):
         self._path = None
-        self._given_cache = kwargs.get("past_key_values") is not None
+        given = _given_cache.set(kwargs.get("past_key_values") is not None)
         try:
             result = super().generate(*args, **kwargs)
         finally:
-            self._given_cache = False
+            _given_cache.reset(given)
         if self._path is None:
             self._say_parent("this decoding mode is not sped up")
         return result
@@ -144,9 +148,12 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         streamer=None,
         **model_kwargs,
     ):
-        obstacle = "past_key_values are given" if self._given_cache else None
+        obstacle = "past_key_values are given" if _given_cache.get() else None
         obstacle = obstacle or model_obstacle(self)
         obstacle = obstacle or call_obstacle(self, generation_config, synced_gpus, model_kwargs)
+        # One cache serves one call at a time: another thread's, or one from within a processor, is the parent's.
+        if obstacle is None and not self._engine.lock.acquire(blocking=False):
+            obstacle = "another call is using the cache"
         if obstacle is not None:
             self._say_parent(obstacle)
             return super()._sample(
@@ -158,19 +165,22 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
                 streamer=streamer,
                 **model_kwargs,
             )
-        with torch.inference_mode(False), torch.no_grad():
-            result = sample_loop(
-                self,
-                self._engine,
-                _ordinary(input_ids),
-                logits_processor,
-                stopping_criteria,
-                generation_config,
-                streamer,
-                attention_mask=_ordinary(model_kwargs.get("attention_mask")),
-                inputs_embeds=_ordinary(model_kwargs.get("inputs_embeds")),
-            )
-        self._path = self._engine.words()
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                result = sample_loop(
+                    self,
+                    self._engine,
+                    _ordinary(input_ids),
+                    logits_processor,
+                    stopping_criteria,
+                    generation_config,
+                    streamer,
+                    attention_mask=_ordinary(model_kwargs.get("attention_mask")),
+                    inputs_embeds=_ordinary(model_kwargs.get("inputs_embeds")),
+                )
+            self._path = self._engine.words()
+        finally:
+            self._engine.lock.release()
         return result
 
     def _say_parent(self, reason: str) -> None:
@@ -179,10 +189,15 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
 
     # what rebinds weights
 
+    # New tensors are made there; holding the fused ones would hold the weights twice.
+
     def _apply(self, fn, recurse=True):
-        # A move or cast makes new tensors; holding the fused ones would hold the weights twice.
-        self._engine.weights = None
+        self._engine.forget_weights()
         return super()._apply(fn, recurse)
+
+    def load_state_dict(self, *args, **kwargs):
+        self._engine.forget_weights()
+        return super().load_state_dict(*args, **kwargs)
 
 
 def _ordinary(tensor: torch.Tensor | None) -> torch.Tensor | None:

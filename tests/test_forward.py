@@ -149,7 +149,8 @@ def test_a_lora_adapter_runs_trains_loads_and_merges(tmp_path, targets):
         if model is vanilla:
             adapted.save_pretrained(tmp_path)
         if model is ours:
-            assert "products by module" in ours.path or "gate+up" in ours.path
+            words = "products by module" if targets == "all-linear" else "fused gate+up"
+            assert ours.path.endswith(f"compile, {words}, SDPA by kv group")
         merged = adapted.merge_and_unload(safe_merge=True)
         texts.append(generate(merged, inputs, max_new_tokens=10, **GREEDY))
         if model is ours:
@@ -168,6 +169,7 @@ def test_a_lora_adapter_runs_trains_loads_and_merges(tmp_path, targets):
 REBOUND = {
     "deepcopy": copy.deepcopy,
     "double and back": lambda model: model.double().float(),
+    "half and back": lambda model: model.half().float(),
     "half of it": lambda model: (model.model.double(), model.model.float(), model)[-1],
     "assigned state dict": lambda model: (
         model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True),
@@ -191,6 +193,8 @@ def test_weights_that_are_rebound_are_fused_again(how, tied):
     inputs = prompt("padded")
     generate(ours, inputs, max_new_tokens=4, **GREEDY)
     other = REBOUND[how](ours)
+    if how == "half and back":
+        REBOUND[how](vanilla)
     with torch.no_grad():
         for model in (vanilla, other):
             for layer in model.model.layers:
@@ -199,3 +203,45 @@ def test_weights_that_are_rebound_are_fused_again(how, tied):
     expected = generate(vanilla, inputs, max_new_tokens=10, **GREEDY)
     assert torch.equal(generate(other, inputs, max_new_tokens=10, **GREEDY), expected)
     assert "fused qkv, gate+up" in other.path
+
+
+def test_modules_that_were_replaced_are_used():
+    """Norms, embeddings and heads too, although the fused weights are where they were."""
+    vanilla, ours = pair()
+    inputs = prompt("padded")
+    before = generate(ours, inputs, max_new_tokens=10, **GREEDY)
+    for model in (vanilla, ours):
+        torch.manual_seed(4)
+        norm = copy.deepcopy(model.model.norm)
+        torch.nn.init.uniform_(norm.weight, 0.1, 2.0)
+        model.model.norm = norm
+        embedding = copy.deepcopy(model.get_input_embeddings())
+        torch.nn.init.normal_(embedding.weight)
+        model.set_input_embeddings(embedding)
+    expected = generate(vanilla, inputs, max_new_tokens=10, **GREEDY)
+    assert torch.equal(generate(ours, inputs, max_new_tokens=10, **GREEDY), expected)
+    assert not torch.equal(before, expected)
+
+
+def test_prompt_learning_runs_the_parents_code(tmp_path):
+    peft = pytest.importorskip("peft")
+    settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    outputs = []
+    for model in pair():
+        torch.manual_seed(2)
+        adapted = peft.get_peft_model(model, settings).eval()
+        torch.nn.init.normal_(adapted.prompt_encoder.default.embedding.weight)
+        outputs.append(generate(adapted, prompt("one"), max_new_tokens=8, **GREEDY))
+    assert torch.equal(*outputs)
+    assert model.path == "parent: prepare_inputs_for_generation was replaced"
+
+
+def test_a_forward_replaced_on_an_inner_module_is_not_passed_over():
+    vanilla, ours = pair()
+    inputs = prompt("one")
+    for model in (vanilla, ours):
+        mlp = model.model.layers[0].mlp
+        mlp.forward = lambda x: x * 2
+    expected = generate(vanilla, inputs, max_new_tokens=8, **GREEDY)
+    assert torch.equal(generate(ours, inputs, max_new_tokens=8, **GREEDY), expected)
+    assert ours.path == "parent: a module's forward was replaced"

@@ -285,35 +285,87 @@ def test_what_the_parent_runs_is_equal_and_named(models, mode):
 
 
 def test_training_mode_right_padding_and_autocast_are_the_parents(models):
-    _, ours = models
+    vanilla, ours = models
     inputs = prompt("padded")
-    ours.train()
-    generate(ours, inputs, max_new_tokens=2, **GREEDY)
-    ours.eval()
-    assert ours.path == "parent: the model is in training mode"
-    right = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"].flip(1)}
-    generate(ours, right, max_new_tokens=2, **GREEDY)
-    assert ours.path == "parent: padding on the right"
+
+    def check(given, reason):
+        expected = generate(vanilla, given, max_new_tokens=6, **GREEDY)
+        assert torch.equal(generate(ours, given, max_new_tokens=6, **GREEDY), expected)
+        assert ours.path == f"parent: {reason}"
+
+    for model in models:
+        model.train()
+    check(inputs, "the model is in training mode")
+    for model in models:
+        model.eval()
+    check({**inputs, "attention_mask": inputs["attention_mask"].flip(1)}, "padding on the right")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        generate(ours, inputs, max_new_tokens=2, **GREEDY)
-    assert ours.path == "parent: autocast is on"
+        check(inputs, "autocast is on")
     positions = torch.arange(14)[None].expand(3, -1) + 3
-    generate(ours, {**prompt("three"), "position_ids": positions}, max_new_tokens=2, **GREEDY)
-    assert ours.path == "parent: custom position_ids"
-    handle = ours.model.layers[0].mlp.register_forward_hook(lambda *_: None)
-    generate(ours, inputs, max_new_tokens=2, **GREEDY)
-    handle.remove()
-    assert ours.path == "parent: a module carries a forward hook"
+    check({**prompt("three"), "position_ids": positions}, "custom position_ids")
+    handles = [model.model.layers[0].mlp.register_forward_hook(lambda *args: args[2] * 2) for model in models]
+    check(inputs, "a module carries a forward hook")
+    for handle in handles:
+        handle.remove()
+
+
+def test_a_call_within_a_call_is_the_parents(models):
+    _, ours = models
+    inputs = prompt("one")
+    inner = []
+
+    class Nested(LogitsProcessor):
+        def __init__(self, model):
+            self.model = model
+
+        def __call__(self, input_ids, scores):
+            inner.append((generate(self.model, prompt("one", 9, seed=8), max_new_tokens=5, **GREEDY), self.model))
+            return scores
+
+    outputs = [
+        generate(model, inputs, max_new_tokens=4, logits_processor=LogitsProcessorList([Nested(model)]), **GREEDY)
+        for model in models
+    ]
+    assert torch.equal(*outputs)
+    texts = [text for text, _ in inner]
+    assert len(texts) == 8 and all(torch.equal(text, texts[0]) for text in texts)
+    generate(ours, inputs, max_new_tokens=4, **GREEDY)
+    assert ours.path.startswith("preallocated")
+
+
+def test_criteria_are_asked_before_the_streamer_is_told(models):
+    inputs = prompt("one")
+    orders = []
+    for model in models:
+        seen = []
+
+        class Told(Collector):
+            def put(self, value, seen=seen):
+                seen.append("streamer")
+
+        class Asked(StoppingCriteria):
+            def __call__(self, input_ids, scores, seen=seen, **kwargs):
+                seen.append("criterion")
+                return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+        criteria = StoppingCriteriaList([Asked()])
+        generate(model, inputs, max_new_tokens=3, streamer=Told(), stopping_criteria=criteria, **GREEDY)
+        orders.append(seen)
+    assert orders[0] == orders[1] and len(orders[0]) == 7
 
 
 @pytest.mark.parametrize("lag", [1, 2, 5])
 @pytest.mark.parametrize("decoding", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("batch", ["one", "padded"])
 @pytest.mark.parametrize("step", [0, 1, 6, NEW - 1, None])
-def test_stop_checks_behind_the_work_take_surplus_steps_back(lag, decoding, step, monkeypatch):
+def test_stop_checks_behind_the_work_take_surplus_steps_back(lag, decoding, step, batch, monkeypatch):
     """What an accelerator does, on a CPU: ids, scores, cache and random state are as if each step were checked."""
     vanilla, ours = pair()
-    inputs = prompt("one")
-    eos = -1 if step is None else int(generate(vanilla, inputs, max_new_tokens=NEW, **decoding)[0, 14 + step])
+    inputs = prompt(batch)
+    eos = -1
+    if step is not None:
+        # Each row has an end of its own, at this step at the latest.
+        eos = generate(vanilla, inputs, max_new_tokens=NEW, **decoding)[:, 14 + step].unique().tolist()
     options = {"max_new_tokens": NEW, "eos_token_id": eos, "pad_token_id": 0, "return_dict_in_generate": True}
     options = {**options, "output_scores": True, **decoding}
     expected = generate(vanilla, inputs, **options)

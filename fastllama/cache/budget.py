@@ -11,7 +11,7 @@ SLACK = 8
 
 @dataclass(frozen=True)
 class CacheShape:
-    """Sizes of a preallocated cache. `cache_length` is what a caller may use; the storage is `SLACK` longer."""
+    """Sizes of a preallocated cache. `cache_length` is what a caller may use; the storage is a little longer."""
 
     num_layers: int
     batch_size: int
@@ -23,7 +23,8 @@ class CacheShape:
 
     @property
     def reserved_length(self) -> int:
-        return self.cache_length + SLACK
+        # A multiple of 8, so that every row of the mask is aligned.
+        return -(-(self.cache_length + SLACK) // 8) * 8
 
     @property
     def nbytes(self) -> int:

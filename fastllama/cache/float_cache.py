@@ -35,6 +35,11 @@ class FloatCache:
         self.mask_B11S.zero_()
         self.mask_B11S[:, 0, 0].masked_fill_(hidden, float("-inf"))
 
+    def clear(self, used: int) -> None:
+        """Zeroes the first `used` positions: what an overflow left there would reach later calls through 0 x NaN."""
+        for storage in (*self.keys, *self.values):
+            storage[:, :, :used] = 0.0
+
     def write_prompt(self, layer: int, key_BQKD: torch.Tensor, value_BQKD: torch.Tensor, past: int) -> None:
         """Stores a prompt's (or chunk's) tokens at positions past .. past + Q - 1 of the first B rows."""
         batch, tokens = key_BQKD.shape[:2]

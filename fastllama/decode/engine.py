@@ -3,25 +3,31 @@
 Legend: B batch, Q query tokens, P prompt tokens, E hidden size, V vocabulary.
 """
 
+import threading
+from dataclasses import replace
+
 import torch
 from torch import nn
 
 from fastllama.cache.budget import CacheShape, require
 from fastllama.cache.float_cache import FloatCache
 from fastllama.decode.prompt import Prompt
+from fastllama.model.capture import CapturedStep
 from fastllama.model.compiled import Buckets, compiled_step
 from fastllama.model.config import FastConfig
-from fastllama.model.forward import prefill_chunk
+from fastllama.model.forward import prefill_chunk, step
 from fastllama.model.rotary import RotaryTable, is_stateful
 from fastllama.model.weights import Weights, gather, is_current
 
 _IMPLICIT_ROUNDING = 256  # an implicit cache grows in steps, so that a slightly longer call reallocates nothing
+_IMPLICIT_AHEAD = 1024  # new tokens that an implicit cache reserves at once: max_length may be a model's whole context
 
 
 class Engine:
     """State of the fast path. It belongs to one model and is neither copied nor pickled with it."""
 
     def __init__(self):
+        self.lock = threading.Lock()
         self.config = FastConfig()
         self.explicit = False
         self.cache: FloatCache | None = None
@@ -29,6 +35,7 @@ class Engine:
         self.rotary: RotaryTable | None = None
         self.reallocations = 0
         self._step = None
+        self._addresses: tuple[int, ...] | None = None  # of the weights that captured graphs read
         self._buckets: Buckets | None = None
         self._rows = 0  # rows of the call in progress; the cache may have more
         self._used = 0  # positions in use by the longest row, known without asking the device
@@ -63,10 +70,14 @@ class Engine:
         held = self.cache.shape.nbytes if self.cache is not None else 0
         require(nbytes - held, shape.device, f"a cache of {batch_size} x {cache_length} positions")
         self.free()
-        self._reserve(model, shape, config)
-        self.explicit = True
-        if config.compile != "no":
-            self._warm_up(model)
+        try:
+            self._reserve(model, shape, config)
+            self.explicit = True
+            if config.compile != "no":
+                self._warm_up(model)
+        except BaseException:
+            self.free()
+            raise
         return nbytes
 
     @staticmethod
@@ -83,62 +94,103 @@ class Engine:
 
     def _attach(self, model: nn.Module) -> None:
         shape = self.cache.shape
-        self.rotary = RotaryTable(model.model.rotary_emb, shape.reserved_length, shape.dtype, shape.device)
         self._buckets = Buckets(self.cache.positions, shape.cache_length, self.config.bucket)
-        self._step = compiled_step(self.config.compile, shape.device)
+        self._make_rotary(model)
+        self._make_step()
         self.reallocations += 1
+
+    def _make_rotary(self, model: nn.Module) -> None:
+        shape = self.cache.shape
+        self.rotary = RotaryTable(model.model.rotary_emb, shape.reserved_length, shape.dtype, shape.device)
+
+    def _make_step(self) -> None:
+        # What a module that is not a plain product does may change without its weights' addresses changing.
+        capture = self.cache.shape.device.type == "cuda" and self.weights.plain
+        self._step = compiled_step(self.config.compile, capture)
+        self._addresses = None
 
     def _warm_up(self, model: nn.Module) -> None:
         """Runs a step at every bucket, so that no later call compiles or captures anything."""
         ids = torch.zeros(self.cache.shape.batch_size, 1, dtype=torch.int64, device=self.cache.shape.device)
-        for length in self._buckets.lengths():
-            self.begin(model, self.cache.shape.batch_size)
-            self.cache.set_valid_past(torch.full_like(self.cache.valid_past_index, length - 1))
-            self._used = length - 1
-            self.step(ids)
-        self.begin(model, self.cache.shape.batch_size)
+        self._watch_addresses(model)
+        with self.rotary.undisturbed():
+            for length in self._buckets.lengths():
+                self.begin(self.cache.shape.batch_size)
+                self.cache.set_valid_past(torch.full_like(self.cache.valid_past_index, length - 1))
+                self._used = length - 1
+                self.step(ids)
+        self.begin(self.cache.shape.batch_size)
 
     def free(self) -> None:
         """Gives the cache, the tables and the compiled step back."""
-        self.cache = self.rotary = self.weights = self._step = self._buckets = None
+        self.cache = self.rotary = self.weights = self._step = self._buckets = self._addresses = None
         self.explicit = False
         self.config = FastConfig()
 
+    def forget_weights(self) -> None:
+        """Lets go of weights and tables that a move, a cast or a loaded state dict is about to replace."""
+        self.weights = self.rotary = None
+
     def refresh(self, model: nn.Module) -> None:
-        """Fuses again what has been rebound since: adapters, casts and assigned state dicts do that."""
+        """Follows what has been rebound since the last call: adapters, casts and assigned state dicts do that."""
         if self.weights is None or not is_current(self.weights, model):
+            plain = self.weights is not None and self.weights.plain
             self.weights = None  # never hold the old and the new at once
             self.weights = gather(model, self.config.fuse)
+            if self._step is not None and self.weights.plain != plain:
+                self._make_step()
+        if self.cache is not None:
+            self._watch_addresses(model)
+            if self.rotary is None or self.rotary.module is not model.model.rotary_emb:
+                self._make_rotary(model)
 
-    def fit(self, model: nn.Module, batch_size: int, positions: int) -> None:
+    def _watch_addresses(self, model: nn.Module) -> None:
+        """Drops captured graphs when any parameter has moved since they were captured."""
+        if isinstance(self._step, CapturedStep):
+            addresses = tuple(parameter.data_ptr() for parameter in model.parameters())
+            if self._addresses not in (None, addresses):
+                self._step.reset()
+            self._addresses = addresses
+
+    def fit(self, model: nn.Module, batch_size: int, prompt_length: int, positions: int) -> None:
         """Makes sure that a call with `batch_size` rows of up to `positions` cached tokens fits.
 
-        An explicit cache raises `ValueError` when it does not; an implicit one is made anew.
+        An explicit cache raises `ValueError` when it does not. An implicit one is made anew, with room for the prompt
+        and the first of the new tokens: it can grow later.
         """
         wanted = self.shape_for(model, batch_size, max(positions, 1))
         held = self.cache.shape if self.cache is not None else None
-        if held is not None and (held.dtype, held.device) != (wanted.dtype, wanted.device):
-            if self.explicit:
+        if self.explicit:
+            if (held.dtype, held.device) != (wanted.dtype, wanted.device):
                 raise ValueError(
                     f"the model is now {wanted.dtype} on {wanted.device} but its cache is {held.dtype} on "
                     f"{held.device}: call preallocate() again"
                 )
-            held = None
-        if held is not None and held.batch_size >= batch_size and held.cache_length >= positions:
+            if replace(held, batch_size=batch_size, cache_length=wanted.cache_length) != wanted:
+                raise ValueError("the model's shape has changed: call preallocate() again")
+            if held.batch_size < batch_size or held.cache_length < positions:
+                raise ValueError(
+                    f"this call needs {batch_size} x {positions} cache positions and preallocate() reserved "
+                    f"{held.batch_size} x {held.cache_length}: preallocate more, or free() first"
+                )
             return
-        if self.explicit:
-            raise ValueError(
-                f"this call needs {batch_size} x {positions} cache positions and preallocate() reserved "
-                f"{held.batch_size} x {held.cache_length}: preallocate more, or free() first"
-            )
-        self.cache = self.rotary = None
+        positions = min(positions, prompt_length + _IMPLICIT_AHEAD)
         rounded = -(-positions // _IMPLICIT_ROUNDING) * _IMPLICIT_ROUNDING
+        # Rows must match: idle rows of an earlier, larger batch would be computed at every step.
+        if (
+            held is not None
+            and held.cache_length >= positions
+            and replace(wanted, cache_length=held.cache_length) == held
+        ):
+            return
+        self.cache = self.rotary = None
         self._reserve(model, self.shape_for(model, batch_size, rounded), self.config)
 
     # forward passes
 
-    def begin(self, model: nn.Module, rows: int) -> None:
+    def begin(self, rows: int) -> None:
         """Forgets what the cache holds; the next call has `rows` rows."""
+        self.cache.clear(self._used)
         self._rows, self._used = rows, 0
         self.cache.set_valid_past(torch.zeros_like(self.cache.valid_past_index))
 
@@ -178,7 +230,9 @@ class Engine:
             ids_BQ = torch.cat((ids_BQ, idle))
         index_BQ = cache.valid_past_index[:, None] + self._offsets(tokens)
         cos_BQD, sin_BQD = self.rotary.at(index_BQ)
-        logits = self._step(
+        # Only single tokens were compiled: another count would be another graph.
+        run = self._step if tokens == 1 else step
+        logits = run(
             self.weights,
             cache.keys,
             cache.values,

@@ -34,8 +34,8 @@ def sample_loop(
     batch, limit = input_ids.shape[0], stopping_criteria.max_length
     most_new = None if limit is None else max(limit - input_ids.shape[1], 1)
     engine.refresh(model)
-    engine.fit(model, batch, prompt.longest + (most_new - 1 if most_new else 0))
-    engine.begin(model, batch)
+    engine.fit(model, batch, prompt.longest, prompt.longest + (most_new - 1 if most_new else 0))
+    engine.begin(batch)
 
     do_sample, as_dict = generation_config.do_sample, generation_config.return_dict_in_generate
     scores = [] if as_dict and generation_config.output_scores else None
@@ -45,7 +45,9 @@ def sample_loop(
     has_eos = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     unfinished_B = torch.ones(batch, dtype=torch.long, device=input_ids.device)
 
-    lag = lag_for(input_ids.device, logits_processor, stopping_criteria, streamer) if lag is None else lag
+    if lag is None:
+        stateful = engine.rotary.stateful
+        lag = lag_for(input_ids.device, logits_processor, stopping_criteria, streamer, stateful)
     stop, draws = StopCheck(lag, input_ids.device), DrawState(lag, input_ids.device, do_sample)
     logits_BV = engine.prefill(prompt, generation_config.prefill_chunk_size)
     taken = 0
@@ -65,9 +67,9 @@ def sample_loop(
             chosen_B = chosen_B * unfinished_B + pad_id * (1 - unfinished_B)
         input_ids = torch.cat((input_ids, chosen_B[:, None]), dim=-1)
         taken += 1
+        unfinished_B = unfinished_B & ~stopping_criteria(input_ids, tuple(scores) if scores is not None else None)
         if streamer is not None:
             streamer.put(chosen_B.cpu())
-        unfinished_B = unfinished_B & ~stopping_criteria(input_ids, tuple(scores) if scores is not None else None)
         if stop.finished(unfinished_B):
             break
         if taken == most_new and lag:

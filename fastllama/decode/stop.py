@@ -29,18 +29,21 @@ _STATELESS = tuple(
     )
     if hasattr(processors, name)
 )
-LAG_ON_ACCELERATOR = 2
+_LAG_ON_GPU = 2
 
 
-def lag_for(device: torch.device, logits_processor, stopping_criteria, streamer) -> int:
-    """How many steps may be in flight behind the last stop check: 0 means that each step is checked at once."""
-    if device.type == "cpu" or streamer is not None:
+def lag_for(device: torch.device, logits_processor, stopping_criteria, streamer, stateful_rotary: bool) -> int:
+    """How many steps may be in flight behind the last stop check: 0 means that each step is checked at once.
+
+    A stateful rotary module asks the device at each step by itself, and remembers the steps that it was shown.
+    """
+    if device.type != "cuda" or streamer is not None or stateful_rotary:
         return 0
     if any(type(criterion) not in (MaxLengthCriteria, EosTokenCriteria) for criterion in stopping_criteria):
         return 0
     if any(type(processor) not in _STATELESS for processor in logits_processor):
         return 0
-    return LAG_ON_ACCELERATOR
+    return _LAG_ON_GPU
 
 
 class StopCheck:
@@ -83,9 +86,10 @@ class StopCheck:
         if self.device.type != "cuda":
             return any_left.clone(), None
         host = torch.empty((), dtype=any_left.dtype, pin_memory=True)
-        host.copy_(any_left, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
+        with torch.cuda.device(self.device):
+            host.copy_(any_left, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
         return host, event
 
 

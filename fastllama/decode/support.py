@@ -2,7 +2,7 @@
 
 import torch
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP
 
 _KNOWN_INPUTS = {
     "attention_mask",
@@ -23,24 +23,31 @@ def model_obstacle(model: nn.Module) -> str | None:
     """Why this model, as it is now, must run the parent's forward; None when it need not."""
     if model.training:
         return "the model is in training mode"
-    if "forward" in vars(model):
-        return "forward was replaced on the instance"
+    if type(model).forward is not LlamaForCausalLM.forward:
+        return "a subclass has a forward of its own"
+    # Prompt learning (PEFT) comes in through here.
+    prepare = getattr(model.prepare_inputs_for_generation, "__func__", None)
+    if prepare is not LlamaForCausalLM.prepare_inputs_for_generation:
+        return "prepare_inputs_for_generation was replaced"
     if model.config._attn_implementation not in _EQUIVALENT_ATTENTION:
         return f"attn_implementation is {model.config._attn_implementation!r}"
     devices = set((getattr(model, "hf_device_map", None) or {}).values())
     if len(devices) > 1:
         return "the model is spread over several devices"
+    if len(model.model.layers) != model.config.num_hidden_layers:
+        return "config.num_hidden_layers is not the number of layers"
     for layer in model.model.layers:
         kinds = (type(layer), type(layer.self_attn), type(layer.mlp))
         if kinds != (LlamaDecoderLayer, LlamaAttention, LlamaMLP):
             return "a decoder layer was replaced"
     for module in model.modules():
+        if "forward" in vars(module):
+            return "a module's forward was replaced"
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         if hasattr(module, "_hf_hook") or any(hook.__module__ != _IDLE_HOOKS for hook in hooks):
             return "a module carries a forward hook"
-    for parameter in (model.model.embed_tokens.weight, model.lm_head.weight):
-        if parameter.device.type == "meta":
-            return "weights are not loaded (meta device)"
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return "weights are not loaded (meta device)"
     return None
 
 

@@ -20,8 +20,21 @@ class CapturedStep:
         self.logits: dict[tuple[int, int], torch.Tensor] = {}
         self.inputs: dict[int, tuple[torch.Tensor, ...]] = {}
         self.pool = None
+        self.stream: torch.cuda.Stream | None = None
+
+    def reset(self) -> None:
+        """Forgets the graphs, which hold the addresses of the weights they were captured with."""
+        self.graphs.clear()
+        self.logits.clear()
+        self.pool = None
 
     def __call__(
+        self, weights, keys, values, mask, valid_past_index, rows, positions, ids, index, cos, sin
+    ) -> torch.Tensor:
+        with torch.cuda.device(ids.device):
+            return self._replay(weights, keys, values, mask, valid_past_index, rows, positions, ids, index, cos, sin)
+
+    def _replay(
         self, weights, keys, values, mask, valid_past_index, rows, positions, ids, index, cos, sin
     ) -> torch.Tensor:
         tokens = ids.shape[1]
@@ -39,15 +52,16 @@ class CapturedStep:
     def _capture(self, key: tuple[int, int], arguments: tuple) -> None:
         valid_past_index = arguments[4]
         before = valid_past_index.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        # One stream for everything: cuBLAS keeps a workspace for each stream it has seen.
+        self.stream = self.stream or torch.cuda.Stream()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             for _ in range(_WARM_UP_CALLS):
                 self.compiled(*arguments)
                 valid_past_index.copy_(before)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             self.logits[key] = self.compiled(*arguments)
         self.pool = graph.pool() if self.pool is None else self.pool
         self.graphs[key] = graph

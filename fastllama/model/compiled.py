@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 
+from fastllama.model.capture import CapturedStep
 from fastllama.model.forward import step
 
 
@@ -16,16 +17,12 @@ def _own_code(function: Callable) -> Callable:
     )
 
 
-def compiled_step(mode: str, device: torch.device) -> Callable:
-    """`model.forward.step` for a validated FastConfig.compile: as it is, or compiled whole."""
+def compiled_step(mode: str, capture: bool) -> Callable:
+    """`model.forward.step` for a validated FastConfig.compile: as it is, or compiled whole (and captured on a GPU)."""
     if mode == "no":
         return step
     compiled = torch.compile(_own_code(step), dynamic=mode == "dynamic", fullgraph=True)
-    if mode == "static" and device.type == "cuda":
-        from fastllama.model.capture import CapturedStep
-
-        return CapturedStep(compiled)
-    return compiled
+    return CapturedStep(compiled) if mode == "static" and capture else compiled
 
 
 class Buckets:

@@ -3,6 +3,9 @@
 Legend: B batch, Q query tokens, S positions, D head dim.
 """
 
+import contextlib
+import copy
+
 import torch
 from torch import nn
 
@@ -30,6 +33,16 @@ class RotaryTable:
     @property
     def nbytes(self) -> int:
         return 0 if self.stateful else self.cos_SD.nbytes + self.sin_SD.nbytes
+
+    @contextlib.contextmanager
+    def undisturbed(self):
+        """Within it, a stateful module is asked through a copy, so that it forgets the positions of a rehearsal."""
+        module = self.module
+        self.module = copy.deepcopy(module) if self.stateful else module
+        try:
+            yield
+        finally:
+            self.module = module
 
     def at(self, index_BQ: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and signed sin [B, Q, D]."""

@@ -59,6 +59,7 @@ class Weights(NamedTuple):
     head_dim: int
     scale: float
     fused: str
+    plain: bool  # whether every product is an nn.Linear's: then the weights' addresses say all about a step
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -112,16 +113,19 @@ def fuse(modules: tuple[nn.Module, ...]) -> Fused | Parallel:
 
 def is_current(weights: Weights, model: nn.Module) -> bool:
     """Whether `weights` still are the model's: adapters, moves and assigned state dicts rebind parameters."""
-    if weights.lm_head is not model.lm_head or len(weights.blocks) != len(model.model.layers):
+    body = model.model
+    if len(weights.blocks) != len(body.layers):
         return False
-    for block, layer in zip(weights.blocks, model.model.layers, strict=True):
+    pairs = [(weights.embed, body.embed_tokens), (weights.norm, body.norm), (weights.lm_head, model.lm_head)]
+    for block, layer in zip(weights.blocks, body.layers, strict=True):
         attention, mlp = layer.self_attn, layer.mlp
-        qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
-        if not _same(block.qkv, qkv) or not _same(block.gate_up, (mlp.gate_proj, mlp.up_proj)):
+        pairs += [(block.input_norm, layer.input_layernorm), (block.post_norm, layer.post_attention_layernorm)]
+        pairs += [(block.o, attention.o_proj), (block.down, mlp.down_proj), (block.activation, mlp.act_fn)]
+        if not _same(block.qkv, (attention.q_proj, attention.k_proj, attention.v_proj)):
             return False
-        if block.o is not attention.o_proj or block.down is not mlp.down_proj:
+        if not _same(block.gate_up, (mlp.gate_proj, mlp.up_proj)):
             return False
-    return True
+    return all(ours is theirs for ours, theirs in pairs)
 
 
 def _same(product: Fused | Parallel, modules: tuple[nn.Module, ...]) -> bool:
@@ -172,7 +176,15 @@ def gather(model: nn.Module, fuse_what: str) -> Weights:
         head_dim=attention.head_dim,
         scale=attention.scaling,
         fused=_fused_words(blocks),
+        plain=all(_is_plain(module) for block in blocks for module in _products(block)) and _is_plain(model.lm_head),
     )
+
+
+def _products(block: Block) -> list[nn.Module]:
+    parallel = [
+        part for product in (block.qkv, block.gate_up) if isinstance(product, Parallel) for part in product.parts
+    ]
+    return [block.o, block.down, *parallel]
 
 
 def _fused_words(blocks: list[Block]) -> str:
