@@ -96,7 +96,8 @@ def environment(device: torch.device) -> dict:
         **_gpu(device),
         "os": f"{platform.system()} {re.match(r'[0-9.]*', platform.release())[0]} {platform.machine()}",
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "transformers", "accelerate", "tokenizers", "safetensors")},
+        "torch": torch.__version__,  # names the build too, where the package's own version may not
+        **{name: _version(name) for name in ("transformers", "accelerate", "tokenizers", "safetensors")},
         "compiler": _compiler(),
         "memory_from": _memory_source(device),
     }
