@@ -1,11 +1,15 @@
 """register(): makes transformers build our class wherever it would build its own for `model_type: llama`."""
 
-import transformers
+import gc
+from types import ModuleType
+
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fastllama.llama import LlamaForCausalLM
 
-_PARENT = LlamaForCausalLM.__bases__[0]
+_NAME = "LlamaForCausalLM"
+# Packages whose attribute was set, with what stood there before (nothing where transformers had not looked it up yet).
+_replaced: list[tuple[ModuleType, dict]] = []
 
 
 def _registered() -> dict:
@@ -13,14 +17,26 @@ def _registered() -> dict:
     return AutoModelForCausalLM._model_mapping._extra_content
 
 
+def _packages() -> list[ModuleType]:
+    """Every object that stands for the package: its initialisation can run twice, and then users hold the older one."""
+    modules = [thing for thing in gc.get_objects() if issubclass(type(thing), ModuleType)]
+    return [module for module in modules if vars(module).get("__name__") == "transformers"]
+
+
 def register() -> None:
     """Auto classes, `pipeline`, `transformers serve` and lm-eval build `fastllama.LlamaForCausalLM` from now on."""
+    unregister()
     _registered()[LlamaConfig] = LlamaForCausalLM
     # `transformers serve` looks the architecture's name up on the package.
-    transformers.LlamaForCausalLM = LlamaForCausalLM
+    for package in _packages():
+        _replaced.append((package, {_NAME: vars(package)[_NAME]} if _NAME in vars(package) else {}))
+        setattr(package, _NAME, LlamaForCausalLM)
 
 
 def unregister() -> None:
     """Undoes `register`."""
     _registered().pop(LlamaConfig, None)
-    transformers.LlamaForCausalLM = _PARENT
+    while _replaced:
+        package, before = _replaced.pop()
+        vars(package).pop(_NAME, None)
+        vars(package).update(before)
