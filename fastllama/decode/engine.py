@@ -4,7 +4,6 @@ Legend: B batch, Q query tokens, P prompt tokens, E hidden size, V vocabulary.
 """
 
 import threading
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -12,15 +11,13 @@ from torch import nn
 from fastllama.cache.budget import CacheShape, require
 from fastllama.cache.float_cache import FloatCache
 from fastllama.decode.prompt import Prompt
+from fastllama.decode.reservation import bytes_for, implicit_length, require_fit, same_but_longer, shape_for
 from fastllama.model.capture import CapturedStep
 from fastllama.model.compiled import Buckets, compiled_step
 from fastllama.model.config import FastConfig
 from fastllama.model.forward import prefill_chunk, step
-from fastllama.model.rotary import RotaryTable, is_stateful
+from fastllama.model.rotary import RotaryTable
 from fastllama.model.weights import Weights, gather, is_current
-
-_IMPLICIT_ROUNDING = 256  # an implicit cache grows in steps, so that a slightly longer call reallocates nothing
-_IMPLICIT_AHEAD = 1024  # new tokens that an implicit cache reserves at once: max_length may be a model's whole context
 
 
 class Engine:
@@ -48,25 +45,10 @@ class Engine:
 
     # reservation
 
-    def shape_for(self, model: nn.Module, batch_size: int, cache_length: int) -> CacheShape:
-        for name, value in (("batch_size", batch_size), ("cache_length", cache_length)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r} is not allowed; allowed: an integer >= 1")
-        weight = model.model.layers[0].input_layernorm.weight
-        return CacheShape(
-            num_layers=len(model.model.layers),
-            batch_size=batch_size,
-            num_kv_heads=model.config.num_key_value_heads,
-            cache_length=max(cache_length, 2),  # torch specialises sizes 0 and 1
-            head_dim=model.model.layers[0].self_attn.head_dim,
-            dtype=weight.dtype,
-            device=weight.device,
-        )
-
     def preallocate(self, model: nn.Module, batch_size: int, cache_length: int, config: FastConfig) -> int:
         """Reserves, compiles and warms up; returns the bytes reserved. Raises `ValueError` or `MemoryError` before."""
-        shape = self.shape_for(model, batch_size, cache_length)
-        nbytes = shape.nbytes + self._table_bytes(model, shape)
+        shape = shape_for(model, batch_size, cache_length)
+        nbytes = bytes_for(model, shape)
         held = self.cache.shape.nbytes if self.cache is not None else 0
         require(nbytes - held, shape.device, f"a cache of {batch_size} x {cache_length} positions")
         self.free()
@@ -79,12 +61,6 @@ class Engine:
             self.free()
             raise
         return nbytes
-
-    @staticmethod
-    def _table_bytes(model: nn.Module, shape: CacheShape) -> int:
-        if is_stateful(model.model.rotary_emb):
-            return 0
-        return 2 * shape.reserved_length * shape.head_dim * shape.dtype.itemsize
 
     def _reserve(self, model: nn.Module, shape: CacheShape, config: FastConfig) -> None:
         self.config = config
@@ -110,11 +86,13 @@ class Engine:
         self._addresses = None
 
     def _warm_up(self, model: nn.Module) -> None:
-        """Runs a step at every bucket, so that no later call compiles or captures anything."""
+        """Runs a step at every bucket that would be captured, or where one graph serves all, at the first two and the
+        last, so that no later call compiles or captures anything."""
         ids = torch.zeros(self.cache.shape.batch_size, 1, dtype=torch.int64, device=self.cache.shape.device)
         self._watch_addresses(model)
         with self.rotary.undisturbed():
-            for length in self._buckets.lengths():
+            lengths = self._buckets.lengths()
+            for length in lengths if isinstance(self._step, CapturedStep) else {*lengths[:2], lengths[-1]}:
                 self.begin(self.cache.shape.batch_size)
                 self.cache.set_valid_past(torch.full_like(self.cache.valid_past_index, length - 1))
                 self._used = length - 1
@@ -158,33 +136,14 @@ class Engine:
         An explicit cache raises `ValueError` when it does not. An implicit one is made anew, with room for the prompt
         and the first of the new tokens: it can grow later.
         """
-        wanted = self.shape_for(model, batch_size, max(positions, 1))
         held = self.cache.shape if self.cache is not None else None
         if self.explicit:
-            if (held.dtype, held.device) != (wanted.dtype, wanted.device):
-                raise ValueError(
-                    f"the model is now {wanted.dtype} on {wanted.device} but its cache is {held.dtype} on "
-                    f"{held.device}: call preallocate() again"
-                )
-            if replace(held, batch_size=batch_size, cache_length=wanted.cache_length) != wanted:
-                raise ValueError("the model's shape has changed: call preallocate() again")
-            if held.batch_size < batch_size or held.cache_length < positions:
-                raise ValueError(
-                    f"this call needs {batch_size} x {positions} cache positions and preallocate() reserved "
-                    f"{held.batch_size} x {held.cache_length}: preallocate more, or free() first"
-                )
+            require_fit(held, shape_for(model, batch_size, positions), batch_size, positions)
             return
-        positions = min(positions, prompt_length + _IMPLICIT_AHEAD)
-        rounded = -(-positions // _IMPLICIT_ROUNDING) * _IMPLICIT_ROUNDING
-        # Rows must match: idle rows of an earlier, larger batch would be computed at every step.
-        if (
-            held is not None
-            and held.cache_length >= positions
-            and replace(wanted, cache_length=held.cache_length) == held
-        ):
-            return
-        self.cache = self.rotary = None
-        self._reserve(model, self.shape_for(model, batch_size, rounded), self.config)
+        wanted = shape_for(model, batch_size, implicit_length(prompt_length, positions))
+        if held is None or held.cache_length < wanted.cache_length or not same_but_longer(held, wanted):
+            self.cache = self.rotary = None
+            self._reserve(model, wanted, self.config)
 
     # forward passes
 
@@ -268,7 +227,7 @@ class Engine:
             raise ValueError(
                 f"the preallocated cache of {shape.cache_length} positions is full: preallocate more, or free() first"
             )
-        self.cache = self.cache.grown(self.shape_for(model, shape.batch_size, 2 * shape.cache_length))
+        self.cache = self.cache.grown(shape_for(model, shape.batch_size, 2 * shape.cache_length))
         self._attach(model)
 
     def undo(self, tokens: int) -> None:
