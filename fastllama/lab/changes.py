@@ -28,7 +28,8 @@ it again and compares.
   promised; `differs`; `reference`, vanilla itself.
 - *gain*: of "x vanilla" on the row before; for a further row of one commit (a switch that was tried), on the first
   row of that commit. The machine drifts between rows, and vanilla drifts with it, so the ratio is compared and not
-  tok/s. `~`: the runs' ratios of the two rows overlap, so nothing is claimed.
+  tok/s. `~`: the runs' ratios of the two rows overlap, so nothing is claimed. Each row is a process of its own, and
+  processes of one commit differ as well: rows "measured again" show by how much, and a smaller gain means little.
 
 **How to add a row.** Commit the change, then measure it with one command:
 
