@@ -187,9 +187,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         self._path = f"parent: {reason}"
         logger.warning_once(f"fastllama: generate runs transformers' own code: {reason}")
 
-    # what rebinds weights
-
-    # New tensors are made there; holding the fused ones would hold the weights twice.
+    # what rebinds weights: new tensors are made there, and holding the fused ones would hold the weights twice
 
     def _apply(self, fn, recurse=True):
         self._engine.forget_weights()

@@ -5,13 +5,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM as VanillaLlama
 
 from fastllama import demo
+from fastllama.cache.budget import available_bytes
 from fastllama.demo.shapes import SHAPES
 from fastllama.lab.environment import has_bf16_products
 from fastllama.lab.fault import explained, sentence
@@ -94,7 +94,7 @@ def require_room(checkpoint: Checkpoint, point: Point) -> None:
     device, itemsize = torch.device(point.device), point.torch_dtype.itemsize
     weights = checkpoint.parameter_count * itemsize
     cache = position_bytes(checkpoint.config, itemsize) * point.workload.batch_size * point.positions
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = available_bytes(device)
     if weights + cache > free:
         raise MemoryError(
             f"{point.model_name} with batch {point.workload.batch_size} and a cache of {point.positions} takes "
