@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from fastllama.lab import board, changes, plot, readme, record, words
+from fastllama.lab import board, changes, curve, plot, readme, record, suite_file, words
 from fastllama.lab.sources import ROOT
 
 
@@ -24,12 +24,16 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("board", help="write TensorBoard's event files from the records")
 
-    drawing = commands.add_parser("plot", help="draw the log or a sweep").add_subparsers(dest="kind", required=True)
+    drawing = commands.add_parser("plot", help="draw the log, a sweep or the ceiling").add_subparsers(
+        dest="kind", required=True
+    )
     rows = drawing.add_parser("rows", help="decode tok/s of each row of one group, beside vanilla")
     rows.add_argument("--group", help="part of the group's machine or workload (default: the newest record's group)")
     sweep = drawing.add_parser("sweep", help="tok/s against batch size or prompt length")
     sweep.add_argument("file", type=Path, help="what run_llama.py --json wrote")
-    for part in (rows, sweep):
+    ceiling = drawing.add_parser("curve", help="decode speed against the bytes of a token, beside the ceiling")
+    ceiling.add_argument("--suite", type=Path, metavar="FILE", help="also the points of a file of tb_logs/suite")
+    for part in (rows, sweep, ceiling):
         part.add_argument("-o", "--output", type=Path, required=True, help="a .png or .svg file")
     return parser
 
@@ -66,6 +70,10 @@ def _run(arguments) -> int:
     if arguments.command == "board":
         count = board.write_all(records, arguments.root / words.LOGS)
         print(f"{count} records written for tensorboard --logdir {words.LOGS}")
+        return 0
+    if arguments.kind == "curve":
+        drawn = curve.points(records, suite_file.read(arguments.suite) if arguments.suite else [])
+        print(curve.curve(drawn, arguments.output))
         return 0
     print(plot.rows(plot.choose(records, arguments.group), arguments.output))
     return 0

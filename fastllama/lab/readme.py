@@ -4,7 +4,7 @@ import re
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-from fastllama.lab import figures, words
+from fastllama.lab import figures, suite_file, words
 from fastllama.lab.changes import cell, gain, number, own_rows, speed, table, times_vanilla
 from fastllama.lab.sources import ROOT
 
@@ -156,7 +156,38 @@ def result(records: list[dict], root: Path = ROOT) -> str:
     return "\n".join(parts)
 
 
-BLOCKS = {"switches": switches, "result": result}
+_SUITE_HEADS = ["line", "asked", "measured", "", "parity"]
+
+
+def _suite_row(kept: dict) -> list[str]:
+    bounds = kept["asked"]
+    names = [bound["figure"] for bound in bounds] or list(kept["measured"])
+    if kept["not_measured"] is not None:
+        result = f"{NOT_MEASURED}: {cell(kept['not_measured'])}"
+    else:
+        result = {True: "reached", False: "**not reached**", None: "nothing asked"}[kept["reached"]]
+    return [
+        f"`{kept['line']}`: {cell(kept['what'])}",
+        "<br>".join(f"{bound['figure']} {bound['op']} {bound['bound']:g}" for bound in bounds) or "-",
+        "<br>".join(f"{name} {speed(kept['measured'].get(name))}" for name in names) or "-",
+        result,
+        kept["parity"] or "-",
+    ]
+
+
+def suite(records: list[dict], root: Path = ROOT) -> str:
+    """A table of the newest whole run of the suite per device, what was not measured included."""
+    parts = []
+    for path, kept in suite_file.newest(root).values():
+        commits = {f"commit {one['commit'][:7]}" if one["commit"] else "a dirty tree, no commit" for one in kept}
+        machine = figures.machine_name({**kept[0], "device": "cpu" if kept[0]["device"] == "cpu" else "cuda"})
+        where = f"[{path.stem}]({path.relative_to(root).as_posix()})"
+        about = f"{cell(machine)}; {', '.join(sorted(commits))}; {where}:"
+        parts.append(f"{about}\n\n{table(_SUITE_HEADS, [_suite_row(one) for one in kept])}")
+    return "\n".join(parts) or "No whole run of the suite yet: `python -m fastllama.lab.suite cpu`.\n"
+
+
+BLOCKS = {"switches": switches, "result": result, "suite": suite}
 
 
 def render(text: str, records: list[dict], root: Path = ROOT) -> str:
