@@ -53,7 +53,7 @@ def test_fused_weights_are_held_once():
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in ours.parameters()}
     assert sum(storages.values()) == before
     attention = ours.model.layers[0].self_attn
-    fused = ours._engine.weights.blocks[0].qkv.weight
+    fused = ours._engine.weights.blocks[0].qkv.joint.weight
     assert fused.untyped_storage().data_ptr() == attention.q_proj.weight.untyped_storage().data_ptr()
 
 

@@ -149,12 +149,12 @@ def test_a_lora_adapter_runs_trains_loads_and_merges(tmp_path, targets):
         if model is vanilla:
             adapted.save_pretrained(tmp_path)
         if model is ours:
-            words = "products by module" if targets == "all-linear" else "fused gate+up"
-            assert ours.path.endswith(f"compile, {words}, SDPA by kv group")
+            words = "14 by module + 1 stock" if targets == "all-linear" else "fused gate+up, products: 4 by module + 9 stock"
+            assert f"{words}, SDPA by kv group" in ours.path
         merged = adapted.merge_and_unload(safe_merge=True)
         texts.append(generate(merged, inputs, max_new_tokens=10, **GREEDY))
         if model is ours:
-            assert ours.path.endswith("fused qkv, gate+up, SDPA by kv group")
+            assert ours.path.endswith("fused qkv, gate+up, products: 9 stock, SDPA by kv group")
         outputs.append(texts)
     for a, b in zip(*outputs, strict=True):
         assert torch.equal(a, b)

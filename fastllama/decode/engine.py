@@ -12,12 +12,18 @@ from fastllama.cache.budget import CacheShape, require
 from fastllama.cache.float_cache import FloatCache
 from fastllama.decode.prompt import Prompt
 from fastllama.decode.reservation import bytes_for, implicit_length, require_fit, same_but_longer, shape_for
+from fastllama.kernels.tune import Chooser
 from fastllama.model.capture import CapturedStep
 from fastllama.model.compiled import Buckets, compiled_step
 from fastllama.model.config import FastConfig
 from fastllama.model.forward import prefill_chunk, step
+from fastllama.model.released import Packing
 from fastllama.model.rotary import RotaryTable
-from fastllama.model.weights import Weights, gather, is_current
+from fastllama.model.sources import Sources
+from fastllama.model.weights import Weights, gather
+
+# A reservation on first use takes no time for compiling or measuring, and leaves the weights where they are.
+_IMPLICIT = FastConfig(products="stock")
 
 
 class Engine:
@@ -25,10 +31,12 @@ class Engine:
 
     def __init__(self):
         self.lock = threading.Lock()
-        self.config = FastConfig()
+        self.config = _IMPLICIT
         self.explicit = False
         self.cache: FloatCache | None = None
         self.weights: Weights | None = None
+        self.sources: Sources | None = None  # what the weights were read from
+        self.packing: Packing | None = None
         self.rotary: RotaryTable | None = None
         self.reallocations = 0
         self._step = None
@@ -51,6 +59,7 @@ class Engine:
         nbytes = bytes_for(model, shape)
         held = self.cache.shape.nbytes if self.cache is not None else 0
         require(nbytes - held, shape.device, f"a cache of {batch_size} x {cache_length} positions")
+        Chooser(config.products, batch_size, 0, model.model.norm.weight)  # may refuse
         self.free()
         try:
             self._reserve(model, shape, config)
@@ -64,8 +73,8 @@ class Engine:
 
     def _reserve(self, model: nn.Module, shape: CacheShape, config: FastConfig) -> None:
         self.config = config
-        self.refresh(model)
         self.cache = FloatCache(shape)
+        self.refresh(model)
         self._attach(model)
 
     def _attach(self, model: nn.Module) -> None:
@@ -101,26 +110,44 @@ class Engine:
 
     def free(self) -> None:
         """Gives the cache, the tables and the compiled step back."""
-        self.cache = self.rotary = self.weights = self._step = self._buckets = self._addresses = None
+        self.forget_weights()
+        self.cache = self._step = self._buckets = self._addresses = None
         self.explicit = False
-        self.config = FastConfig()
+        self.config = _IMPLICIT
 
     def forget_weights(self) -> None:
         """Lets go of weights and tables that a move, a cast or a loaded state dict is about to replace."""
-        self.weights = self.rotary = None
+        if self.packing is not None:
+            self.packing.restore()
+        self.weights = self.sources = self.packing = self.rotary = None
+
+    def forget_restored(self) -> None:
+        """After a call within which somebody asked for packed weights: they are parameters again, and held once."""
+        if self.packing is not None and self.packing.restored:
+            self.weights = self.sources = self.packing = None
 
     def refresh(self, model: nn.Module) -> None:
         """Follows what has been rebound since the last call: adapters, casts and assigned state dicts do that."""
-        if self.weights is None or not is_current(self.weights, model):
+        if self.weights is None or not (self.packing.is_current() and self.sources.are_current(model)):
             plain = self.weights is not None and self.weights.plain
-            self.weights = None  # never hold the old and the new at once
-            self.weights = gather(model, self.config.fuse)
+            rotary = self.rotary
+            self.forget_weights()  # never hold the old and the new at once
+            self._gather(model)
+            self.rotary = rotary
             if self._step is not None and self.weights.plain != plain:
                 self._make_step()
         if self.cache is not None:
             self._watch_addresses(model)
             if self.rotary is None or self.rotary.module is not model.model.rotary_emb:
                 self._make_rotary(model)
+
+    def _gather(self, model: nn.Module) -> None:
+        nbytes = sum({p.data_ptr(): p.nbytes for p in model.parameters()}.values())
+        rows = self.cache.shape.batch_size if self.cache is not None else 1
+        choose = Chooser(self.config.products, rows, nbytes, model.model.norm.weight)
+        self.packing = Packing(in_use=self.lock.locked)
+        self.weights = gather(model, self.config.fuse, choose, self.packing)
+        self.sources = Sources(model)
 
     def _watch_addresses(self, model: nn.Module) -> None:
         """Drops captured graphs when any parameter has moved since they were captured."""
@@ -238,4 +265,4 @@ class Engine:
     def words(self) -> str:
         """Which path runs, for people."""
         kind = "preallocated" if self.explicit else "preallocated on first use"
-        return f"{kind}, {self.config.compile} compile, {self.weights.fused}, SDPA by kv group"
+        return f"{kind}, {self.config.compile} compile, {self.weights.words}, SDPA by kv group"

@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP
 
+from fastllama.model.released import is_released
+
 _KNOWN_INPUTS = {
     "attention_mask",
     "position_ids",
@@ -46,7 +48,9 @@ def model_obstacle(model: nn.Module) -> str | None:
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         if hasattr(module, "_hf_hook") or any(hook.__module__ != _IDLE_HOOKS for hook in hooks):
             return "a module carries a forward hook"
-    if any(parameter.is_meta for parameter in model.parameters()):
+    # Asking a module whose weight is packed would bring the weight back.
+    loose = (module for module in model.modules() if not is_released(module))
+    if any(p is not None and p.is_meta for module in loose for p in module._parameters.values()):
         return "weights are not loaded (meta device)"
     return None
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field, fields
 
+from fastllama.kernels.tune import PRODUCTS
+
 _COMPILE = ("no", "static", "dynamic", "fullgraph")
 _FUSE = ("all", "qkv", "no")
 
@@ -27,6 +29,13 @@ class FastConfig:
     )
     fuse: str = _switch("all", "products that share an input run as one: query/key/value, gate/up", "all, qkv, no")
 
+    products: str = _switch(
+        "auto",
+        "how a CPU multiplies: stock is torch's call, native is C++, packed rearranges the weights for oneDNN, "
+        "auto measures and remembers",
+        "auto, stock, native, packed",
+    )
+
     def __post_init__(self):
         for switch in fields(self):
             value = getattr(self, switch.name)
@@ -45,4 +54,5 @@ _IS_ALLOWED = {
     "bucket": _at_least_16,
     "prefill_chunk": lambda value: value is None or _at_least_16(value),
     "fuse": lambda value: value in _FUSE,
+    "products": lambda value: value in PRODUCTS,
 }

@@ -1,35 +1,51 @@
-"""The parent's weights as the fast path reads them: fused where they may be, never copied twice.
+"""The parent's weights as the fast path reads them: fused where they may be, never held twice.
 
 Fused weights are one storage of which q_proj, k_proj, v_proj (and gate_proj, up_proj) are views. The module tree and
 the checkpoint names stay the parent's, so saving, training and adapters see nothing new.
 """
 
+from collections import Counter
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from fastllama.kernels.linear import Native, Packed, Stock
+from fastllama.kernels.norm import Norm
+from fastllama.model.released import Packing
+from fastllama.model.sources import is_plain
+
+Product = Stock | Native | Packed
+# Which formulation a weight takes: (weight, whether it may be packed) -> "stock", "native" or "packed".
+Choice = Callable[[torch.Tensor, bool], str]
+
+
+class Table(NamedTuple):
+    """The embedding: rows of `weight` [V, E]."""
+
+    weight: torch.Tensor
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(ids, self.weight)
 
 
 class Fused(NamedTuple):
-    """Products with the same input as one: y = x W^T + b, cut into parts of `sizes` rows."""
+    """Products with the same input as one, cut into parts of `sizes` rows."""
 
-    weight: torch.Tensor
-    bias: torch.Tensor | None
+    joint: Product
     sizes: tuple[int, ...]
-
-    def joint(self, x: torch.Tensor) -> torch.Tensor:
-        """All parts side by side."""
-        return F.linear(x, self.weight, self.bias)
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self.joint(x).split(self.sizes, dim=-1)
 
 
 class Parallel(NamedTuple):
-    """The same, module by module, for what cannot be fused (adapters, quantised modules) or shall not be."""
+    """The same, one by one, for what cannot be fused (adapters, quantised modules) or shall not be."""
 
-    parts: tuple[nn.Module, ...]
+    parts: tuple[Product | nn.Module, ...]
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(part(x) for part in self.parts)
@@ -38,38 +54,28 @@ class Parallel(NamedTuple):
 class Block(NamedTuple):
     """One decoder layer."""
 
-    input_norm: nn.Module
+    input_norm: Norm | nn.Module
     qkv: Fused | Parallel
-    o: nn.Module
-    post_norm: nn.Module
+    o: Product | nn.Module
+    post_norm: Norm | nn.Module
     gate_up: Fused | Parallel
-    down: nn.Module
+    down: Product | nn.Module
     activation: nn.Module
 
 
 class Weights(NamedTuple):
-    """Everything a forward pass reads, and the sizes it needs. `fused` names what is fused, for reports."""
+    """Everything a forward pass reads, and the sizes it needs. `words` names what is fused and how it is multiplied."""
 
-    embed: nn.Module
+    embed: Table | nn.Module
     blocks: tuple[Block, ...]
-    norm: nn.Module
-    lm_head: nn.Module
+    norm: Norm | nn.Module
+    lm_head: Product | nn.Module
     num_heads: int
     num_kv_heads: int
     head_dim: int
     scale: float
-    fused: str
-    plain: bool  # whether every product is an nn.Linear's: then the weights' addresses say all about a step
-
-
-def _is_plain(module: nn.Module) -> bool:
-    return (
-        type(module) is nn.Linear
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and "forward" not in vars(module)
-        and module.weight.device.type != "meta"
-    )
+    words: str
+    plain: bool  # whether no module of an unknown kind takes part: then the weights' addresses say all about a step
 
 
 def _adjacent(tensors: list[torch.Tensor]) -> bool:
@@ -101,96 +107,85 @@ def _one_storage(parameters: list[nn.Parameter]) -> torch.Tensor:
     return first.as_strided(shape, first.stride(), first.storage_offset())
 
 
-def fuse(modules: tuple[nn.Module, ...]) -> Fused | Parallel:
-    """The modules' products as one, or side by side when one of them is not a plain `nn.Linear`."""
-    alike = {(m.weight.dtype, m.weight.device, m.bias is None) for m in modules if _is_plain(m)}
-    if not all(_is_plain(module) for module in modules) or len(alike) != 1:
-        return Parallel(modules)
-    weight = _one_storage([module.weight for module in modules])
-    bias = None if modules[0].bias is None else _one_storage([module.bias for module in modules])
-    return Fused(weight, bias, tuple(module.weight.shape[0] for module in modules))
+class _Gatherer:
+    """Reads a model's weights, each in the formulation that `choose` gives it."""
+
+    def __init__(self, choose: Choice, packing: Packing):
+        self.choose, self.packing = choose, packing
+        self.kinds: Counter[str] = Counter()
+
+    def product(self, modules: tuple[nn.Module, ...], tied: bool = False) -> Product:
+        """The product of plain modules that share their input. A weight that is also the embedding stays as it is."""
+        weight = _one_storage([module.weight for module in modules])
+        bias = None if modules[0].bias is None else _one_storage([module.bias for module in modules])
+        kind = self.choose(weight, not tied)
+        self.kinds[kind] += 1
+        if kind == "packed":
+            return self.packing.take(modules, weight, bias)
+        return (Native if kind == "native" else Stock)(weight, bias)
+
+    def one(self, module: nn.Module, tied: bool = False) -> Product | nn.Module:
+        if is_plain(module):
+            return self.product((module,), tied)
+        self.kinds["by module"] += 1
+        return module
+
+    def several(self, modules: tuple[nn.Module, ...], fuse: bool) -> Fused | Parallel:
+        plain = all(is_plain(module) for module in modules)
+        if fuse and plain and len({(m.weight.dtype, m.weight.device, m.bias is None) for m in modules}) == 1:
+            return Fused(self.product(modules), tuple(module.out_features for module in modules))
+        return Parallel(tuple(self.one(module) for module in modules))
+
+    def words(self, blocks: list[Block]) -> str:
+        fused = [
+            name
+            for name, product in (("qkv", "qkv"), ("gate+up", "gate_up"))
+            if all(isinstance(getattr(block, product), Fused) for block in blocks)
+        ]
+        kinds = " + ".join(f"{count} {kind}" for kind, count in sorted(self.kinds.items()))
+        return f"{'fused ' + ', '.join(fused) if fused else 'nothing fused'}, products: {kinds}"
 
 
-def is_current(weights: Weights, model: nn.Module) -> bool:
-    """Whether `weights` still are the model's: adapters, moves and assigned state dicts rebind parameters."""
-    body = model.model
-    if len(weights.blocks) != len(body.layers):
-        return False
-    pairs = [(weights.embed, body.embed_tokens), (weights.norm, body.norm), (weights.lm_head, model.lm_head)]
-    for block, layer in zip(weights.blocks, body.layers, strict=True):
-        attention, mlp = layer.self_attn, layer.mlp
-        pairs += [(block.input_norm, layer.input_layernorm), (block.post_norm, layer.post_attention_layernorm)]
-        pairs += [(block.o, attention.o_proj), (block.down, mlp.down_proj), (block.activation, mlp.act_fn)]
-        if not _same(block.qkv, (attention.q_proj, attention.k_proj, attention.v_proj)):
-            return False
-        if not _same(block.gate_up, (mlp.gate_proj, mlp.up_proj)):
-            return False
-    return all(ours is theirs for ours, theirs in pairs)
+def _norm(module: nn.Module) -> Norm | nn.Module:
+    return Norm(module.weight, module.variance_epsilon) if is_plain(module, LlamaRMSNorm) else module
 
 
-def _same(product: Fused | Parallel, modules: tuple[nn.Module, ...]) -> bool:
-    if isinstance(product, Parallel):
-        return all(a is b for a, b in zip(product.parts, modules, strict=True))
-    pairs = [(product.weight, [m.weight for m in modules if _is_plain(m)])]
-    if product.bias is not None:
-        pairs.append((product.bias, [m.bias for m in modules if _is_plain(m)]))
-    for joined, parts in pairs:
-        if len(parts) != len(modules) or any(part is None for part in parts):
-            return False
-        address = joined.data_ptr()
-        for part in parts:
-            if part.data_ptr() != address or part.dtype != joined.dtype:
-                return False
-            address += part.nbytes
-    return True
-
-
-def gather(model: nn.Module, fuse_what: str) -> Weights:
-    """Collects and fuses the weights of a transformers Llama. `fuse_what`: "all", "qkv" or "no"."""
+def gather(model: nn.Module, fuse: str, choose: Choice, packing: Packing) -> Weights:
+    """Collects and fuses the weights of a transformers Llama. `fuse`: "all", "qkv" or "no"."""
+    gatherer = _Gatherer(choose, packing)
+    embedding, head = model.model.embed_tokens, model.lm_head
     blocks = []
     # Views made under inference mode could never be trained again.
     with torch.inference_mode(False), torch.no_grad():
+        tied = embedding.weight is head.weight if hasattr(head, "weight") else False
         for layer in model.model.layers:
             attention, mlp = layer.self_attn, layer.mlp
-            qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
-            gate_up = (mlp.gate_proj, mlp.up_proj)
             blocks.append(
                 Block(
-                    input_norm=layer.input_layernorm,
-                    qkv=fuse(qkv) if fuse_what != "no" else Parallel(qkv),
-                    o=attention.o_proj,
-                    post_norm=layer.post_attention_layernorm,
-                    gate_up=fuse(gate_up) if fuse_what == "all" else Parallel(gate_up),
-                    down=mlp.down_proj,
+                    input_norm=_norm(layer.input_layernorm),
+                    qkv=gatherer.several((attention.q_proj, attention.k_proj, attention.v_proj), fuse != "no"),
+                    o=gatherer.one(attention.o_proj),
+                    post_norm=_norm(layer.post_attention_layernorm),
+                    gate_up=gatherer.several((mlp.gate_proj, mlp.up_proj), fuse == "all"),
+                    down=gatherer.one(mlp.down_proj),
                     activation=mlp.act_fn,
                 )
             )
+        lm_head = gatherer.one(head, tied)
+        embed = Table(embedding.weight) if is_plain(embedding, nn.Embedding) else embedding
+        norm = _norm(model.model.norm)
     attention = model.model.layers[0].self_attn
+    opaque = gatherer.kinds["by module"] or isinstance(embed, nn.Module) or isinstance(norm, nn.Module)
+    opaque = opaque or any(isinstance(x, nn.Module) for block in blocks for x in (block.input_norm, block.post_norm))
     return Weights(
-        embed=model.model.embed_tokens,
+        embed=embed,
         blocks=tuple(blocks),
-        norm=model.model.norm,
-        lm_head=model.lm_head,
+        norm=norm,
+        lm_head=lm_head,
         num_heads=model.config.num_attention_heads,
         num_kv_heads=model.config.num_key_value_heads,
         head_dim=attention.head_dim,
         scale=attention.scaling,
-        fused=_fused_words(blocks),
-        plain=all(_is_plain(module) for block in blocks for module in _products(block)) and _is_plain(model.lm_head),
+        words=gatherer.words(blocks),
+        plain=not opaque,
     )
-
-
-def _products(block: Block) -> list[nn.Module]:
-    parallel = [
-        part for product in (block.qkv, block.gate_up) if isinstance(product, Parallel) for part in product.parts
-    ]
-    return [block.o, block.down, *parallel]
-
-
-def _fused_words(blocks: list[Block]) -> str:
-    parts = [
-        name
-        for name, product in (("qkv", "qkv"), ("gate+up", "gate_up"))
-        if all(isinstance(getattr(block, product), Fused) for block in blocks)
-    ]
-    return "fused " + ", ".join(parts) if parts else "products by module"

@@ -1,0 +1,135 @@
+"""Products y = x W^T + b, in the formulations that serve a decode step, and the one for many rows.
+
+Legend: x [..., K], W [N, K], b [N]. The specification of each is torch.nn.functional.linear in fp32.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+NATIVE_ROWS = 16  # beyond, the libraries' many-row products are faster
+_MANY = 16  # rows from which it pays that oneDNN rearranges the weight for the call
+_BLOCK = 2**20  # numbers of a half-precision weight that are widened at a time: they stay in the cache
+_ROW_HINT = 128  # the packed form for 128 rows is the fastest at every row count
+
+_library = torch.library.Library("fastllama", "DEF")
+_library.define("linear_packed(Tensor x, Tensor handle, Tensor? bias, int out_features) -> Tensor")
+_packed: dict[int, torch.Tensor] = {}  # by handle: compiled code cannot take an opaque tensor as an argument
+_handles = itertools.count()
+
+
+def _linear_packed(x, handle, bias, out_features):
+    return torch.ops.mkldnn._linear_pointwise(x, _packed[int(handle)], bias, "none", [], "")
+
+
+_library.impl("linear_packed", _linear_packed, "CPU")
+
+
+@torch.library.register_fake("fastllama::linear_packed")
+def _(x, handle, bias, out_features):
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def rows_of(x: torch.Tensor) -> int:
+    """Rows of x [..., K] as a matrix."""
+    return x.shape[:-1].numel()
+
+
+class Stock(NamedTuple):
+    """torch's own call, but for many rows on a CPU: see `many_rows`."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return many_rows(x, self.weight, self.bias)
+
+
+class Native(NamedTuple):
+    """The C++ operator of native.cpp, for up to `NATIVE_ROWS` rows. The weight lies as it is."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if rows_of(x) > NATIVE_ROWS:
+            return many_rows(x, self.weight, self.bias)
+        return torch.ops.fastllama_native.linear_rows(x, self.weight, self.bias)
+
+
+class Packed(NamedTuple):
+    """A weight rearranged once for oneDNN, for any number of rows. `handle` is an int64 scalar that names it."""
+
+    handle: torch.Tensor
+    bias: torch.Tensor | None
+    out_features: int
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.fastllama.linear_packed(x, self.handle, self.bias, self.out_features)
+
+
+def can_pack(weight: torch.Tensor) -> bool:
+    """Whether this torch, device and dtype have the packed form."""
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype in (torch.float32, torch.bfloat16)
+        and torch.backends.mkldnn.is_available()
+        and (weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    """The weight in oneDNN's own arrangement, as an opaque tensor; `to_dense()` gives the same numbers back."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, _ROW_HINT)
+
+
+def hold(packed: torch.Tensor) -> torch.Tensor:
+    """Keeps a packed weight for `Packed`; returns its handle."""
+    handle = next(_handles)
+    _packed[handle] = packed
+    return torch.tensor(handle)
+
+
+def held(handle: torch.Tensor) -> torch.Tensor:
+    """The packed weight of a handle."""
+    return _packed[int(handle)]
+
+
+def let_go(handle: torch.Tensor) -> None:
+    """Forgets a packed weight."""
+    _packed.pop(int(handle), None)
+
+
+def many_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """F.linear, computed where a CPU has the units for it.
+
+    fp32 goes to oneDNN, which for many rows is 2 to 3 times as fast as torch's default there. fp16, for which few CPUs
+    have a product, is widened to fp32 block by block: the sums are exact to fp32 and rounded once.
+    """
+    if weight.device.type != "cpu" or rows_of(x) < _MANY:
+        return F.linear(x, weight, bias)
+    if weight.dtype == torch.float16:
+        return _widened(x, weight, bias)
+    if weight.dtype == torch.float32:
+        return _onednn(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def _onednn(x, weight, bias):
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def _widened(x, weight, bias):
+    wide = x.float()
+    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    step = max(1, _BLOCK // weight.shape[1])
+    for start in range(0, weight.shape[0], step):
+        part = slice(start, start + step)
+        out[..., part] = _onednn(wide, weight[part].float(), None if bias is None else bias[part].float())
+    return out

@@ -1,0 +1,77 @@
+"""The products that are written in C++: built with torch's headers on first use, and optional.
+
+Without a compiler nothing is lost but speed: `load` says why, and the other formulations serve.
+"""
+
+import functools
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+_SOURCE = Path(__file__).with_name("native.cpp")
+_FLAGS = ["-O3", "-march=native", "-ffast-math", "-fopenmp"]
+
+
+def cache_folder() -> Path:
+    """Where compiled and measured things are kept: ~/.cache/fastllama, or under XDG_CACHE_HOME."""
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fastllama"
+
+
+@functools.cache
+def machine() -> str:
+    """What compiled code and measurements depend on, as 12 hex digits: processor, torch and Python."""
+    processor = platform.machine() + platform.processor()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor += "".join(sorted({line for line in lines if line.startswith(("flags", "model name", "Features"))}))
+    except OSError:
+        pass
+    words = (processor, torch.__version__, platform.python_version(), platform.platform())
+    return hashlib.sha256(repr(words).encode()).hexdigest()[:12]
+
+
+@functools.cache
+def load() -> str | None:
+    """Builds (once per machine) and loads the operators; None when they are ready, else why they are not."""
+    if platform.machine() not in ("x86_64", "AMD64") or sys.platform != "linux":
+        return "it is written for x86-64 Linux"
+    name = f"fastllama_native_{hashlib.sha256(_SOURCE.read_bytes() + repr(_FLAGS).encode()).hexdigest()[:12]}"
+    folder = cache_folder() / "native" / machine() / name
+    library = folder / f"{name}.so"
+    try:
+        if not library.exists():
+            _build(name, folder, library)
+        torch.ops.load_library(str(library))
+    except Exception as fault:  # whatever a compiler can do wrong
+        return f"it was not built: {str(fault).strip().splitlines()[0]}"
+    torch.library.register_fake("fastllama_native::linear_rows", _shape)
+    return None
+
+
+def _shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _build(name: str, folder: Path, library: Path) -> None:
+    from torch.utils import cpp_extension  # a slow import that a machine with a built library does without
+
+    folder.mkdir(parents=True, exist_ok=True)
+    # Under a name of its own, renamed when it is whole: another process may be building too.
+    unfinished = folder / f"{os.getpid()}.so"
+    command = [cpp_extension.get_cxx_compiler(), *_FLAGS, "-std=c++20", "-shared", "-fPIC", str(_SOURCE)]
+    command += [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    command += [f"-L{path}" for path in cpp_extension.library_paths()] + ["-lc10", "-ltorch_cpu", "-o", str(unfinished)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        if done.returncode != 0:
+            raise RuntimeError(
+                next((line for line in done.stderr.splitlines() if "error" in line), "the compiler failed")
+            )
+        os.replace(unfinished, library)
+    finally:
+        unfinished.unlink(missing_ok=True)

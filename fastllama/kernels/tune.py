@@ -1,0 +1,116 @@
+"""Which formulation of a product to use: chosen by a short measurement, remembered on disk.
+
+This file and the laboratory are the only ones that read a clock.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from fastllama.kernels import native
+from fastllama.kernels.linear import NATIVE_ROWS, Native, Packed, Stock, can_pack, hold, let_go, pack
+
+PRODUCTS = ("auto", "stock", "native", "packed")
+_PASSES = 5
+_SLICE = 32 * 2**20  # bytes of a weight that are timed
+_TOTAL = 128 * 2**20  # bytes that are walked through in turn: more than the caches hold
+_MARGIN = 1.05  # a packed weight is a copy that others cannot read: it has to be worth it
+
+
+class Chooser:
+    """Answers with a formulation for each weight of a model that decodes `rows` rows at a time.
+
+    `wanted` is one of `PRODUCTS`; `model_bytes` tells whether the model as a whole fits the caches. Raises
+    `ValueError` where a formulation that was asked for by name does not exist.
+    """
+
+    def __init__(self, wanted: str, rows: int, model_bytes: int, weight: torch.Tensor):
+        self.wanted, self.rows, self.model_bytes = wanted, rows, model_bytes
+        on_cpu = weight.device.type == "cpu"
+        self.native = on_cpu and wanted in ("auto", "native", "packed") and native.load() is None
+        if wanted == "native" and not self.native:
+            raise ValueError(f"products='native' cannot be honoured: {native.load() if on_cpu else 'it is for CPUs'}")
+        if wanted == "packed" and not can_pack(weight):
+            raise ValueError(
+                f"products='packed' cannot be honoured: this torch packs no {weight.dtype} on {weight.device.type}"
+            )
+
+    def __call__(self, weight: torch.Tensor, may_pack: bool) -> str:
+        candidates = ["stock"]
+        if self.native and self.rows <= NATIVE_ROWS and weight.dtype in (torch.float32, torch.bfloat16, torch.float16):
+            candidates.append("native")
+        if may_pack and can_pack(weight):
+            candidates.append("packed")
+        if self.wanted != "auto":
+            fallback = candidates[1] if self.wanted == "packed" and "native" in candidates else "stock"
+            return self.wanted if self.wanted in candidates else fallback
+        return candidates[0] if len(candidates) == 1 else self._fastest(weight, candidates)
+
+    def _fastest(self, weight: torch.Tensor, candidates: list[str]) -> str:
+        key = " ".join(
+            (
+                str(weight.dtype).removeprefix("torch."),
+                "x".join(map(str, weight.shape)),
+                f"rows {self.rows}",
+                f"threads {torch.get_num_threads()}",
+                f"of {min(self.model_bytes, _TOTAL) >> 20} MiB",
+                *candidates,
+            )
+        )
+        known = _read()
+        if key not in known:
+            known = {**_read(), key: self._measure(weight, candidates)}
+            _write(known)
+        times = known[key]
+        best = min(candidates, key=times.__getitem__)
+        if best == "packed":
+            loose = min((name for name in candidates if name != "packed"), key=times.__getitem__)
+            best = loose if times[loose] <= _MARGIN * times["packed"] else best
+        return best
+
+    def _measure(self, weight: torch.Tensor, candidates: list[str]) -> dict[str, float]:
+        """Microseconds of one product with (a part of) a weight of this shape, by formulation."""
+        columns = weight.shape[1]
+        out = max(1, min(weight.shape[0], _SLICE // (columns * weight.itemsize)))
+        copies = max(1, min(_TOTAL, self.model_bytes) // (out * columns * weight.itemsize))
+        x = torch.randn(self.rows, 1, columns).to(weight.dtype)
+        plain = [weight[:out].clone() for _ in range(copies)]
+        products = {"stock": [Stock(w, None) for w in plain], "native": [Native(w, None) for w in plain]}
+        if "packed" in candidates:
+            products["packed"] = [Packed(hold(pack(w)), None, out) for w in plain]
+        times = dict.fromkeys(candidates, float("inf"))
+        for _ in range(_PASSES):  # interleaved: a busy moment falls on all of them
+            for name in candidates:
+                start = time.perf_counter()
+                for product in products[name]:
+                    product(x)
+                times[name] = min(times[name], (time.perf_counter() - start) / copies * 1e6)
+        for product in products.get("packed", ()):
+            let_go(product.handle)
+        return times
+
+
+def _path() -> Path:
+    return native.cache_folder() / "products" / f"{native.machine()}.json"
+
+
+def _read() -> dict[str, dict[str, float]]:
+    try:
+        known = json.loads(_path().read_text())
+        return known if isinstance(known, dict) else {}
+    except (OSError, ValueError):  # none yet, or not ours: measured anew
+        return {}
+
+
+def _write(known: dict[str, dict[str, float]]) -> None:
+    path = _path()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(known, indent=1))
+        os.replace(temporary, path)
+    except OSError:  # a folder that cannot be written: the next process measures again
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,52 @@
+"""What the fast path's weights were read from, so that a later call can tell whether they still hold."""
+
+from torch import nn
+
+from fastllama.model.released import is_released
+
+
+def all_modules(model: nn.Module) -> list[nn.Module]:
+    """Every module whose weights a forward pass reads."""
+    body = model.model
+    found = [body.embed_tokens, body.norm, model.lm_head]
+    for layer in body.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        found += [layer.input_layernorm, layer.post_attention_layernorm, mlp.act_fn]
+        found += [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        found += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    return found
+
+
+def is_plain(module: nn.Module, cls: type = nn.Linear) -> bool:
+    """Whether the module computes what its class does from its weights, and nothing else."""
+    return (
+        type(module) is cls
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and "forward" not in vars(module)
+        and (is_released(module) or module.weight.device.type != "meta")
+    )
+
+
+def _addresses(module: nn.Module) -> tuple:
+    if is_released(module):
+        return ("packed",)
+    parameters = module._parameters.items()
+    return tuple((name, p.data_ptr(), p.dtype) for name, p in parameters if p is not None and not p.is_meta)
+
+
+class Sources:
+    """The modules and the addresses of their weights, as they were when this was made."""
+
+    def __init__(self, model: nn.Module):
+        self.modules = all_modules(model)
+        self.addresses = [_addresses(module) for module in self.modules]
+
+    def are_current(self, model: nn.Module) -> bool:
+        """Adapters, moves, replaced modules and assigned state dicts rebind what is read; training does not."""
+        modules = all_modules(model)
+        return (
+            len(modules) == len(self.modules)
+            and all(ours is theirs for ours, theirs in zip(self.modules, modules, strict=True))
+            and all(old == _addresses(module) for old, module in zip(self.addresses, modules, strict=True))
+        )
