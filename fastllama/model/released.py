@@ -27,6 +27,8 @@ class Released(dict):
 
     def back(self) -> dict:
         """The plain parameters, restored."""
+        if not self.packing.restored:
+            logger.warning_once("fastllama: packed weights were asked for as parameters: unpacked until the next call")
         self.packing.restore()
         return self.plain
 
