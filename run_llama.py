@@ -61,9 +61,10 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--preallocate", action="store_true", help="run ours beside vanilla transformers")
     what.add_argument(
         "--compile",
-        choices=("no", "static", "dynamic", "fullgraph"),
+        choices=("no", "static", "dynamic", "fullgraph", "native"),
         default="no",
-        help="compile ours, or without --preallocate vanilla's forward; fullgraph is another word for static",
+        help="compile ours, or without --preallocate vanilla's forward; fullgraph is another word for static; native "
+        "is one C++ call a step",
     )
     what.add_argument("--bucket", type=_size, help="cache positions that a step reads are rounded up to this")
     what.add_argument("--prefill-chunk", type=_size, help="prompt tokens per prefill pass")
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     sizes.add_argument("--prompt-file", help="UTF-8 text to cut prompts from (the demo's held-out text)")
     sizes.add_argument("--seed", type=_count, default=0, help="which places of the text (%(default)s)")
     how = parser.add_argument_group("how it is measured")
+    what.add_argument("--products", help="how a CPU multiplies: auto, stock, native or packed")
     how.add_argument("--runs", type=_size, help=f"timed runs ({NUM_RUNS}; 10 in a sweep)")
     how.add_argument("--warmup", type=_count, default=WARMUP_RUNS, help="runs before them (%(default)s)")
     how.add_argument("--sweep", choices=("batch", "length"), help="batch 1 to 128, or prompts of 100 to 1600 tokens")
@@ -113,7 +115,7 @@ def _points(options: argparse.Namespace) -> list:
         seed=options.seed,
         prompt_file=options.prompt_file,
     )
-    given = {name: getattr(options, name) for name in ("compile", "bucket", "prefill_chunk", "fuse")}
+    given = {name: getattr(options, name) for name in ("compile", "bucket", "prefill_chunk", "fuse", "products")}
     how = {
         "preallocate": options.preallocate,
         "switches": {name: value for name, value in given.items() if value is not None},

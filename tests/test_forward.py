@@ -149,7 +149,11 @@ def test_a_lora_adapter_runs_trains_loads_and_merges(tmp_path, targets):
         if model is vanilla:
             adapted.save_pretrained(tmp_path)
         if model is ours:
-            words = "14 by module + 1 stock" if targets == "all-linear" else "fused gate+up, products: 4 by module + 9 stock"
+            words = (
+                "14 by module + 1 stock"
+                if targets == "all-linear"
+                else "fused gate+up, products: 4 by module + 9 stock"
+            )
             assert f"{words}, SDPA by kv group" in ours.path
         merged = adapted.merge_and_unload(safe_merge=True)
         texts.append(generate(merged, inputs, max_new_tokens=10, **GREEDY))

@@ -17,6 +17,7 @@ from fastllama.model.capture import CapturedStep
 from fastllama.model.compiled import Buckets, compiled_step
 from fastllama.model.config import FastConfig
 from fastllama.model.forward import prefill_chunk, step
+from fastllama.model.native_step import NativeStep, obstacle
 from fastllama.model.released import Packing
 from fastllama.model.rotary import RotaryTable
 from fastllama.model.sources import Sources
@@ -40,6 +41,8 @@ class Engine:
         self.rotary: RotaryTable | None = None
         self.reallocations = 0
         self._step = None
+        self._native: NativeStep | None = None
+        self._native_obstacle: str | None = None
         self._addresses: tuple[int, ...] | None = None  # of the weights that captured graphs read
         self._buckets: Buckets | None = None
         self._rows = 0  # rows of the call in progress; the cache may have more
@@ -59,12 +62,15 @@ class Engine:
         nbytes = bytes_for(model, shape)
         held = self.cache.shape.nbytes if self.cache is not None else 0
         require(nbytes - held, shape.device, f"a cache of {batch_size} x {cache_length} positions")
-        Chooser(config.products, batch_size, 0, model.model.norm.weight)  # may refuse
+        wanted = "native" if config.compile == "native" else config.products
+        Chooser(wanted, batch_size, 0, model.model.norm.weight)  # may refuse
         self.free()
         try:
             self._reserve(model, shape, config)
             self.explicit = True
-            if config.compile != "no":
+            if config.compile == "native" and self._native is None:
+                raise ValueError(f"compile='native' cannot be honoured: {self._native_obstacle}")
+            if config.compile not in ("no", "native"):
                 self._warm_up(model)
         except BaseException:
             self.free()
@@ -89,6 +95,13 @@ class Engine:
         self.rotary = RotaryTable(model.model.rotary_emb, shape.reserved_length, shape.dtype, shape.device)
 
     def _make_step(self) -> None:
+        self._native = None
+        if self.config.compile == "native":
+            self._native_obstacle = obstacle(self.weights, self.cache, self.rotary)
+            if self._native_obstacle is None:
+                self._native = NativeStep(self.weights, self.cache, self.rotary)
+            self._step, self._addresses = step, None
+            return
         # What a module that is not a plain product does may change without its weights' addresses changing.
         capture = self.cache.shape.device.type == "cuda" and self.weights.plain
         self._step = compiled_step(self.config.compile, capture)
@@ -111,7 +124,7 @@ class Engine:
     def free(self) -> None:
         """Gives the cache, the tables and the compiled step back."""
         self.forget_weights()
-        self.cache = self._step = self._buckets = self._addresses = None
+        self.cache = self._step = self._native = self._buckets = self._addresses = None
         self.explicit = False
         self.config = _IMPLICIT
 
@@ -134,17 +147,22 @@ class Engine:
             self.forget_weights()  # never hold the old and the new at once
             self._gather(model)
             self.rotary = rotary
-            if self._step is not None and self.weights.plain != plain:
-                self._make_step()
+            remake = self._step is not None and (self.weights.plain != plain or self.config.compile == "native")
+        else:
+            remake = False
         if self.cache is not None:
             self._watch_addresses(model)
             if self.rotary is None or self.rotary.module is not model.model.rotary_emb:
                 self._make_rotary(model)
+                remake = remake or self._native is not None
+        if remake:
+            self._make_step()
 
     def _gather(self, model: nn.Module) -> None:
         nbytes = sum({p.data_ptr(): p.nbytes for p in model.parameters()}.values())
         rows = self.cache.shape.batch_size if self.cache is not None else 1
-        choose = Chooser(self.config.products, rows, nbytes, model.model.norm.weight)
+        wanted = "native" if self.config.compile == "native" else self.config.products
+        choose = Chooser(wanted, rows, nbytes, model.model.norm.weight)
         self.packing = Packing(in_use=self.lock.locked)
         self.weights = gather(model, self.config.fuse, choose, self.packing)
         self.sources = Sources(model)
@@ -214,6 +232,8 @@ class Engine:
         if rows < cache.shape.batch_size:  # idle rows write at position 0 and are ignored
             idle = ids_BQ.new_zeros(cache.shape.batch_size - rows, tokens)
             ids_BQ = torch.cat((ids_BQ, idle))
+        if self._native is not None and self._native.takes(*ids_BQ.shape):
+            return self._native(ids_BQ.contiguous())[:rows]
         index_BQ = cache.valid_past_index[:, None] + self._offsets(tokens)
         cos_BQD, sin_BQD = self.rotary.at(index_BQ)
         # Only single tokens were compiled: another count would be another graph.
@@ -265,4 +285,9 @@ class Engine:
     def words(self) -> str:
         """Which path runs, for people."""
         kind = "preallocated" if self.explicit else "preallocated on first use"
-        return f"{kind}, {self.config.compile} compile, {self.weights.words}, SDPA by kv group"
+        how, attention = f"{self.config.compile} compile", ", SDPA by kv group"
+        if self._native is not None:
+            how, attention = "native step", ""
+        elif self.config.compile == "native":
+            how = f"no compile (the native step is not possible: {self._native_obstacle})"
+        return f"{kind}, {how}, {self.weights.words}{attention}"

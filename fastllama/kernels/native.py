@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-_SOURCE = Path(__file__).with_name("native.cpp")
+_SOURCES = sorted(Path(__file__).with_name("native_code").iterdir())
 _FLAGS = ["-O3", "-march=native", "-ffast-math", "-fopenmp"]
 
 
@@ -40,7 +40,8 @@ def load() -> str | None:
     """Builds (once per machine) and loads the operators; None when they are ready, else why they are not."""
     if platform.machine() not in ("x86_64", "AMD64") or sys.platform != "linux":
         return "it is written for x86-64 Linux"
-    name = f"fastllama_native_{hashlib.sha256(_SOURCE.read_bytes() + repr(_FLAGS).encode()).hexdigest()[:12]}"
+    code = b"".join(path.read_bytes() for path in _SOURCES) + repr(_FLAGS).encode()
+    name = f"fastllama_native_{hashlib.sha256(code).hexdigest()[:12]}"
     folder = cache_folder() / "native" / machine() / name
     library = folder / f"{name}.so"
     try:
@@ -63,7 +64,8 @@ def _build(name: str, folder: Path, library: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # Under a name of its own, renamed when it is whole: another process may be building too.
     unfinished = folder / f"{os.getpid()}.so"
-    command = [cpp_extension.get_cxx_compiler(), *_FLAGS, "-std=c++20", "-shared", "-fPIC", str(_SOURCE)]
+    command = [cpp_extension.get_cxx_compiler(), *_FLAGS, "-std=c++20", "-shared", "-fPIC"]
+    command += [str(path) for path in _SOURCES if path.suffix == ".cpp"]
     command += [f"-isystem{path}" for path in cpp_extension.include_paths()]
     command += [f"-L{path}" for path in cpp_extension.library_paths()] + ["-lc10", "-ltorch_cpu", "-o", str(unfinished)]
     try:

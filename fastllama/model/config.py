@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, fields
 
 from fastllama.kernels.tune import PRODUCTS
 
-_COMPILE = ("no", "static", "dynamic", "fullgraph")
+_COMPILE = ("no", "static", "dynamic", "fullgraph", "native")
 _FUSE = ("all", "qkv", "no")
 
 
@@ -18,8 +18,9 @@ class FastConfig:
 
     compile: str = _switch(
         "no",
-        "compile the decode step: static is dynamic=False, fullgraph=True (with CUDA graphs on a GPU)",
-        "no, static, dynamic, fullgraph (the same as static)",
+        "compile the decode step: static is dynamic=False, fullgraph=True (with CUDA graphs on a GPU); native is one "
+        "C++ call a step, for CPUs, and traces nothing",
+        "no, static, dynamic, fullgraph (the same as static), native",
     )
     bucket: int = _switch(
         256, "a step reads the used part of the cache, rounded up to a multiple of this", "an integer >= 16"
@@ -43,6 +44,9 @@ class FastConfig:
                 raise ValueError(f"{switch.name}={value!r} is not allowed; allowed: {switch.metadata['allowed']}")
         if self.compile == "fullgraph":
             object.__setattr__(self, "compile", "static")
+        if self.compile == "native" and (self.products not in ("auto", "native") or self.fuse != "all"):
+            name, value = ("fuse", self.fuse) if self.fuse != "all" else ("products", self.products)
+            raise ValueError(f"compile='native' brings its own products: {name}={value!r} cannot be honoured beside it")
 
 
 def _at_least_16(value) -> bool:

@@ -1,16 +1,17 @@
-// fastllama::linear_rows: y = x W^T + b for few rows of x, at the speed at which memory gives W.
+// y = x W^T + b for few rows of x, at the speed at which memory gives W.
 //
 // Legend: M rows of x, N rows of W, K columns of both. W is read once, as it lies; x is small and stays in the cache.
 // Sums are kept in fp32. The specification is torch.nn.functional.linear in fp32.
 
+#pragma once
+
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 #include <vector>
@@ -24,7 +25,6 @@ typedef uint32_t u32x16 __attribute__((vector_size(64)));
 constexpr int64_t kLine = 64;             // bytes that memory moves at once
 constexpr int64_t kAhead = 2048;          // bytes that a single stream is asked for in advance
 constexpr int64_t kNear = 32768;          // bytes of x that a block of columns may take: they stay in the first cache
-constexpr int64_t kGrain = 16384;         // multiplications that are worth a thread
 constexpr int kTile = 4;                  // rows of W in a tile
 constexpr int kWide = 6;                  // rows of x in a tile: 24 sums and 4 weights fit the 32 registers
 constexpr int64_t kChunk = 32;            // rows of W whose sums are kept while the blocks of columns pass
@@ -39,49 +39,52 @@ inline float sum(f32x16 v) {
 #endif
 }
 
-// How a type is loaded and multiplied: Operand is what one register step of kStep numbers holds.
+// How a type is loaded and multiplied: a Register holds one step of kStep numbers. Here it is widened as it is read.
 template <typename T>
-struct Lane {  // widened to fp32 as it is read
+struct Wide {
   using Stored = float;
-  using Operand = f32x16;
+  using Register = f32x16;
   static constexpr int kStep = 16;
-  static Operand stored(const float* p) {
-    Operand v;
+  static Register stored(const float* p) {
+    Register v;
     __builtin_memcpy(&v, p, sizeof v);
     return v;
   }
-  static Operand weight(const T* p) {
+  static Register weight(const T* p) {
     if constexpr (std::is_same_v<T, float>) {
       return stored(p);
     } else if constexpr (std::is_same_v<T, at::BFloat16>) {
       u16x16 half;
       __builtin_memcpy(&half, p, sizeof half);
       u32x16 wide = __builtin_convertvector(half, u32x16) << 16;
-      Operand v;
+      Register v;
       __builtin_memcpy(&v, &wide, sizeof v);
       return v;
     } else {
 #if defined(__AVX512F__)
       return (f32x16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #else
-      Operand v;
+      Register v;
       for (int i = 0; i < 16; ++i) v[i] = float(p[i]);
       return v;
 #endif
     }
   }
-  static void add(f32x16& total, Operand w, Operand x) { total += w * x; }
+  static void add(f32x16& total, Register w, Register x) { total += w * x; }
 };
+
+template <typename T>
+struct Lane : Wide<T> {};
 
 #if defined(__AVX512BF16__)
 template <>
 struct Lane<at::BFloat16> {  // pairs of products, summed in fp32 by the processor
   using Stored = at::BFloat16;
-  using Operand = __m512bh;
+  using Register = __m512bh;
   static constexpr int kStep = 32;
-  static Operand stored(const at::BFloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
-  static Operand weight(const at::BFloat16* p) { return stored(p); }
-  static void add(f32x16& total, Operand w, Operand x) {
+  static Register stored(const at::BFloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static Register weight(const at::BFloat16* p) { return stored(p); }
+  static void add(f32x16& total, Register w, Register x) {
     total = (f32x16)_mm512_dpbf16_ps((__m512)total, w, x);
   }
 };
@@ -115,7 +118,7 @@ inline void tile(const T* w, int64_t K, const typename Lane<T>::Stored* x, int64
   f32x16 totals[kTile][M] = {};
   auto pass = [&](int64_t k, int64_t end, auto ask) __attribute__((always_inline)) {
     for (; k < end; k += L::kStep) {
-      typename L::Operand weights[kTile];
+      typename L::Register weights[kTile];
 #pragma GCC unroll 8
       for (int r = 0; r < kTile; ++r) {
         if constexpr (decltype(ask)::value) __builtin_prefetch(w + (kTile + r) * K + k);
@@ -145,41 +148,47 @@ inline void tile(const T* w, int64_t K, const typename Lane<T>::Stored* x, int64
 }
 
 // x, cut into blocks of columns that fit the first cache; rows are a line apart, or they would share cache sets.
+// One row is one block, as it lies.
 template <typename T>
-struct Blocked {
+class Operand {
+ public:
   using Stored = typename Lane<T>::Stored;
-  int64_t M, K, width, stride;
-  std::vector<Stored> memory;
-  Stored* first;
+  int64_t rows = 0, columns = 0, width = 0, stride = 0;
 
-  Blocked(const T* x, int64_t M, int64_t K) : M(M), K(K) {
+  void shape(int64_t M, int64_t K) {
+    rows = M, columns = K;
     const int64_t step = Lane<T>::kStep, steps = (K + step - 1) / step;
-    const int64_t blocks = std::max<int64_t>(1, (M * K * (int64_t)sizeof(Stored) + kNear - 1) / kNear);
+    const int64_t blocks = M == 1 ? 1 : std::max<int64_t>(1, (M * K * (int64_t)sizeof(Stored) + kNear - 1) / kNear);
     width = (steps + blocks - 1) / blocks * step;
     stride = width + step;
-    memory.resize((K + width - 1) / width * M * stride + kLine);
-    first = (Stored*)(((uintptr_t)memory.data() + kLine - 1) & ~(uintptr_t)(kLine - 1));
-    for (int64_t k = 0; k < K; k += width)
-      for (int64_t m = 0; m < M; ++m) {
-        Stored* to = first + (k / width * M + m) * stride;
-        const T* from = x + m * K + k;
-        const int64_t count = std::min(width, K - k);
-        if constexpr (std::is_same_v<T, Stored>) __builtin_memcpy(to, from, count * sizeof(T));
-        else for (int64_t i = 0; i < count; ++i) to[i] = Stored(from[i]);
-      }
+    memory_.resize(((K + width - 1) / width * M * stride + kLine) * sizeof(Stored));
+    first_ = (Stored*)(((uintptr_t)memory_.data() + kLine - 1) & ~(uintptr_t)(kLine - 1));
   }
-  const Stored* at(int64_t k, int64_t m) const { return first + (k / width * M + m) * stride; }
+  Stored* at(int64_t m, int64_t k) const { return first_ + (k / width * rows + m) * stride + k % width; }
+  // Rounded to T, as the model's own tensors are.
+  void put(int64_t m, int64_t k, float value) { *at(m, k) = Stored(T(value)); }
+  // Calls work(k, count, where) for each block of row m.
+  template <typename Work>
+  void blocks(int64_t m, const Work& work) const {
+    for (int64_t k = 0; k < columns; k += width) work(k, std::min(width, columns - k), at(m, k));
+  }
+
+ private:
+  std::vector<char> memory_;
+  Stored* first_ = nullptr;
 };
 
 template <typename T>
-void tiles(const Blocked<T>& x, const T* w, int64_t k, int64_t count, float* sums) {
-  const int64_t passes = (x.M + kWide - 1) / kWide, steps = count / Lane<T>::kStep;
+void tiles(const Operand<T>& x, const T* w, int64_t k, int64_t count, float* sums) {
+  const int64_t passes = (x.rows + kWide - 1) / kWide, steps = count / Lane<T>::kStep;
   int64_t m = 0;
   for (int64_t p = 0; p < passes; ++p) {
-    const int64_t rows = (x.M - m + passes - p - 1) / (passes - p);
+    const int64_t rows = (x.rows - m + passes - p - 1) / (passes - p);
     // Each pass over the tile asks for its share of the next one, so that memory never waits.
     const int64_t from = p * steps / passes * Lane<T>::kStep, to = (p + 1) * steps / passes * Lane<T>::kStep;
-    auto run = [&](auto n) { tile<T, decltype(n)::value>(w + k, x.K, x.at(k, m), x.stride, count, from, to, sums + m * kChunk); };
+    auto run = [&](auto n) {
+      tile<T, decltype(n)::value>(w + k, x.columns, x.at(m, k), x.stride, count, from, to, sums + m * kChunk);
+    };
     switch (rows) {
       case 1: run(std::integral_constant<int, 1>{}); break;
       case 2: run(std::integral_constant<int, 2>{}); break;
@@ -193,74 +202,36 @@ void tiles(const Blocked<T>& x, const T* w, int64_t k, int64_t count, float* sum
 }
 
 template <typename T>
-void several(const Blocked<T>& x, const T* w, const T* bias, T* y, int64_t N, int64_t begin, int64_t end) {
-  std::vector<float> sums(x.M * kChunk);
+struct Matrix {  // W [N, K] and b [N], which may be null
+  const T* weight;
+  const T* bias;
+  int64_t N, K;
+};
+
+// Rows begin .. end - 1 of W: calls emit(m, n, y).
+template <typename T, typename Emit>
+void multiply(const Operand<T>& x, const Matrix<T>& matrix, int64_t begin, int64_t end, const Emit& emit) {
+  const T* w = matrix.weight;
+  auto biased = [&](float total, int64_t n) { return matrix.bias ? total + float(matrix.bias[n]) : total; };
+  if (x.rows == 1) {
+    for (int64_t n = begin; n < end; ++n) emit(0, n, biased(dot<T>(w + n * matrix.K, x.at(0, 0), matrix.K), n));
+    return;
+  }
+  std::vector<float> sums(x.rows * kChunk);
   for (int64_t n = begin; n < end; n += kChunk) {
     const int64_t rows = std::min(kChunk, end - n);
     std::fill(sums.begin(), sums.end(), 0.f);
-    for (int64_t k = 0; k < x.K; k += x.width) {
-      const int64_t count = std::min(x.width, x.K - k);
+    for (int64_t k = 0; k < matrix.K; k += x.width) {
+      const int64_t count = std::min(x.width, matrix.K - k);
       int64_t r = 0;
-      for (; r + kTile <= rows; r += kTile) tiles(x, w + (n + r) * x.K, k, count, sums.data() + r);
+      for (; r + kTile <= rows; r += kTile) tiles(x, w + (n + r) * matrix.K, k, count, sums.data() + r);
       for (; r < rows; ++r)
-        for (int64_t m = 0; m < x.M; ++m) sums[m * kChunk + r] += dot<T>(w + (n + r) * x.K + k, x.at(k, m), count);
+        for (int64_t m = 0; m < x.rows; ++m)
+          sums[m * kChunk + r] += dot<T>(w + (n + r) * matrix.K + k, x.at(m, k), count);
     }
-    for (int64_t m = 0; m < x.M; ++m)
-      for (int64_t r = 0; r < rows; ++r)
-        y[m * N + n + r] = T(sums[m * kChunk + r] + (bias ? float(bias[n + r]) : 0.f));
+    for (int64_t m = 0; m < x.rows; ++m)
+      for (int64_t r = 0; r < rows; ++r) emit(m, n + r, biased(sums[m * kChunk + r], n + r));
   }
-}
-
-template <typename T>
-void run(const at::Tensor& x, const at::Tensor& weight, const T* bias, at::Tensor& out) {
-  const int64_t N = weight.size(0), K = weight.size(1), M = x.numel() / K;
-  const T* w = weight.const_data_ptr<T>();
-  T* y = out.mutable_data_ptr<T>();
-  const int64_t grain = std::max<int64_t>(1, kGrain / (K * M));
-  if (M != 1) {
-    const Blocked<T> blocked(x.const_data_ptr<T>(), M, K);
-    at::parallel_for(0, N, grain, [&](int64_t begin, int64_t end) { several(blocked, w, bias, y, N, begin, end); });
-    return;
-  }
-  using Stored = typename Lane<T>::Stored;
-  std::vector<Stored> widened;
-  const Stored* row;
-  if constexpr (std::is_same_v<T, Stored>) {
-    row = x.const_data_ptr<T>();
-  } else {
-    const T* from = x.const_data_ptr<T>();
-    widened.assign(from, from + K);
-    row = widened.data();
-  }
-  at::parallel_for(0, N, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) y[n] = T(dot<T>(w + n * K, row, K) + (bias ? float(bias[n]) : 0.f));
-  });
-}
-
-at::Tensor linear_rows(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
-  TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "linear_rows: the weight must be a contiguous matrix");
-  TORCH_CHECK(input.dim() > 0 && input.size(-1) == weight.size(1), "linear_rows: x has ", input.size(-1),
-              " columns and the weight ", weight.size(1));
-  TORCH_CHECK(input.scalar_type() == weight.scalar_type(), "linear_rows: x and the weight differ in dtype");
-  TORCH_CHECK(!bias || (bias->scalar_type() == weight.scalar_type() && bias->numel() == weight.size(0) && bias->is_contiguous()),
-              "linear_rows: the bias does not belong to the weight");
-  auto sizes = input.sizes().vec();
-  sizes.back() = weight.size(0);
-  at::Tensor out = at::empty(sizes, input.options().memory_format(at::MemoryFormat::Contiguous));
-  if (out.numel() == 0) return out;
-  const at::Tensor x = input.contiguous();
-  switch (weight.scalar_type()) {
-    case at::kFloat: run<float>(x, weight, bias ? bias->const_data_ptr<float>() : nullptr, out); break;
-    case at::kBFloat16: run<at::BFloat16>(x, weight, bias ? bias->const_data_ptr<at::BFloat16>() : nullptr, out); break;
-    case at::kHalf: run<at::Half>(x, weight, bias ? bias->const_data_ptr<at::Half>() : nullptr, out); break;
-    default: TORCH_CHECK(false, "linear_rows: dtype ", weight.scalar_type(), " is not supported");
-  }
-  return out;
 }
 
 }  // namespace
-
-TORCH_LIBRARY(fastllama_native, library) {
-  library.def("linear_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
-}
-TORCH_LIBRARY_IMPL(fastllama_native, CPU, library) { library.impl("linear_rows", &linear_rows); }

@@ -1,0 +1,224 @@
+// A whole decode step of a Llama in one call: embedding, blocks, final norm and head, by one team of threads.
+//
+// Legend: B rows of the cache, Q new tokens a row, M = B Q, E hidden size, D head dim, S positions, T the model's dtype.
+// The hidden state, sums and softmax are fp32; what enters a product is rounded to T, as the model's own tensors are.
+// The specification is fastllama.model.forward.step.
+
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <omp.h>
+
+#include "attention.h"
+
+namespace {
+
+struct Sizes {
+  int64_t heads, kv_heads, dim, batch, positions;
+  float scale;
+};
+
+template <typename T>
+struct Layer {
+  Matrix<T> qkv, o, gate_up, down;
+  const T* input_norm;
+  const T* post_norm;
+  float input_eps, post_eps;
+  T* keys;    // [B, kv_heads, S, D]
+  T* values;  // [B, kv_heads, S, D]
+};
+
+struct Share {
+  int64_t begin, end;
+};
+
+// Thread t's part of N, in whole tiles.
+inline Share share(int64_t N, int t, int threads) {
+  const int64_t tiles = (N + kTile - 1) / kTile;
+  return {std::min(N, tiles * t / threads * kTile), std::min(N, tiles * (t + 1) / threads * kTile)};
+}
+
+template <typename T>
+class Decoder {
+ public:
+  Sizes sizes;
+  std::vector<Layer<T>> layers;
+  Matrix<T> head;
+  const T* embedding;
+  const T* norm;
+  float eps;
+  const T* cos;  // [S, D]
+  const T* sin;  // [S, D], its first half negated
+  T* mask;       // [B, S]
+  int64_t* valid_past_index;
+
+  // Appends ids [B, Q]; writes logits [B, Q, V].
+  void run(const int64_t* ids, int64_t Q, T* logits) {
+    reserve(Q);
+    const int64_t M = sizes.batch * Q;
+#pragma omp parallel num_threads(at::get_num_threads())
+    {
+      const int t = omp_get_thread_num(), n = omp_get_num_threads();
+#pragma omp for
+      for (int64_t m = 0; m < M; ++m) {
+        const T* row = embedding + ids[m] * E_;
+        for (int64_t e = 0; e < E_; ++e) hidden_[m * E_ + e] = float(row[e]);
+      }
+      for (const Layer<T>& layer : layers) {
+        normalise(M, layer.input_norm, layer.input_eps);
+        team(x_, layer.qkv, t, n, [&](int64_t m, int64_t i, float y) { qkv_[m * layer.qkv.N + i] = y; });
+#pragma omp barrier
+        rotate_and_store(layer, M, Q);
+        attention(layer, M, Q);
+        team(attended_, layer.o, t, n, [&](int64_t m, int64_t i, float y) { hidden_[m * E_ + i] += y; });
+#pragma omp barrier
+        normalise(M, layer.post_norm, layer.post_eps);
+        team(x_, layer.gate_up, t, n, [&](int64_t m, int64_t i, float y) { gate_up_[m * layer.gate_up.N + i] = y; });
+#pragma omp barrier
+        activate(M, layer.down.K, t, n);
+        team(inner_, layer.down, t, n, [&](int64_t m, int64_t i, float y) { hidden_[m * E_ + i] += y; });
+#pragma omp barrier
+      }
+      normalise(M, norm, eps);
+      team(x_, head, t, n, [&](int64_t m, int64_t i, float y) { logits[m * head.N + i] = T(y); });
+    }
+    for (int64_t b = 0; b < sizes.batch; ++b) {
+      for (int64_t q = 0; q < Q; ++q) mask[b * sizes.positions + valid_past_index[b] + q] = T(0.f);
+      valid_past_index[b] += Q;
+    }
+  }
+
+ private:
+  int64_t E_ = 0, rows_ = 0, chunks_ = 1;
+  std::vector<float> hidden_, qkv_, gate_up_, query_, maximum_, total_, mixed_;
+  std::vector<int64_t> seen_;
+  Operand<T> x_, attended_, inner_;
+
+  void reserve(int64_t Q) {
+    const int64_t M = sizes.batch * Q, groups = sizes.batch * sizes.kv_heads;
+    E_ = head.K;
+    int64_t longest = 0;
+    for (int64_t b = 0; b < sizes.batch; ++b) longest = std::max(longest, valid_past_index[b] + Q);
+    // A kv head is a task of its own; where that leaves threads idle, its positions are cut too.
+    const int64_t threads = at::get_num_threads();
+    chunks_ = groups % threads == 0 ? 1 : std::clamp<int64_t>(longest / (4 * kBlock), 1, threads);
+    const int64_t partials = M * sizes.heads * chunks_;
+    maximum_.resize(std::max<size_t>(maximum_.size(), partials));
+    total_.resize(std::max<size_t>(total_.size(), partials));
+    mixed_.resize(std::max<size_t>(mixed_.size(), partials * sizes.dim));
+    if (rows_ == M) return;
+    rows_ = M;
+    hidden_.resize(M * E_);
+    query_.resize(M * sizes.heads * sizes.dim);
+    seen_.resize(M * sizes.heads);
+    qkv_.resize(M * layers[0].qkv.N);
+    gate_up_.resize(M * layers[0].gate_up.N);
+    x_.shape(M, E_);
+    attended_.shape(M, layers[0].o.K);
+    inner_.shape(M, layers[0].down.K);
+  }
+
+  template <typename Emit>
+  static void team(const Operand<T>& x, const Matrix<T>& matrix, int t, int n, const Emit& emit) {
+    const Share part = share(matrix.N, t, n);
+    multiply(x, matrix, part.begin, part.end, emit);
+  }
+
+  // x = weight * T(hidden / rms(hidden)); ends with a barrier.
+  void normalise(int64_t M, const T* weight, float epsilon) {
+#pragma omp for
+    for (int64_t m = 0; m < M; ++m) {
+      const float* row = hidden_.data() + m * E_;
+      float squares = 0;
+      for (int64_t e = 0; e < E_; ++e) squares += row[e] * row[e];
+      const float factor = 1.f / std::sqrt(squares / E_ + epsilon);
+      x_.blocks(m, [&](int64_t k, int64_t count, auto* to) {
+        for (int64_t e = 0; e < count; ++e) to[e] = T(float(T(row[k + e] * factor)) * float(weight[k + e]));
+      });
+    }
+  }
+
+  // Rotates queries and keys, scales queries, writes keys and values to the cache; ends with a barrier.
+  void rotate_and_store(const Layer<T>& layer, int64_t M, int64_t Q) {
+    const int64_t D = sizes.dim, N = sizes.heads, K = sizes.kv_heads, G = N / K, half = D / 2;
+#pragma omp for
+    for (int64_t task = 0; task < M * (N + 2 * K); ++task) {
+      const int64_t m = task / (N + 2 * K), h = task % (N + 2 * K), b = m / Q, q = m % Q;
+      const int64_t position = valid_past_index[b] + q;
+      const float* from = qkv_.data() + m * layer.qkv.N + h * D;
+      const T* c = cos + position * D;
+      const T* s = sin + position * D;
+      auto rotated = [&](int64_t d) { return from[d] * float(c[d]) + from[d < half ? d + half : d - half] * float(s[d]); };
+      if (h < N) {  // row (q, head in the group) of the kv head
+        const int64_t row = (b * K + h / G) * G * Q + (h % G) * Q + q;
+        for (int64_t d = 0; d < D; ++d) query_[row * D + d] = float(T(rotated(d))) * sizes.scale;
+        seen_[row] = position + 1;
+      } else if (h < N + K) {
+        T* to = layer.keys + ((b * K + h - N) * sizes.positions + position) * D;
+        for (int64_t d = 0; d < D; ++d) to[d] = T(rotated(d));
+      } else {
+        T* to = layer.values + ((b * K + h - N - K) * sizes.positions + position) * D;
+        for (int64_t d = 0; d < D; ++d) to[d] = T(from[d]);
+      }
+    }
+  }
+
+  // Each kv head over its share of positions, then the shares joined into the next product's x; ends with a barrier.
+  void attention(const Layer<T>& layer, int64_t M, int64_t Q) {
+    const int64_t D = sizes.dim, K = sizes.kv_heads, G = sizes.heads / K, R = G * Q;
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < sizes.batch * K * chunks_; ++task) {
+      const int64_t pair = task / chunks_, chunk = task % chunks_, b = pair / K;
+      const int64_t used = valid_past_index[b] + Q, blocks = (used + kBlock - 1) / kBlock;
+      const int64_t begin = std::min(used, blocks * chunk / chunks_ * kBlock);
+      const int64_t end = std::min(used, blocks * (chunk + 1) / chunks_ * kBlock);
+      const Partial out{&maximum_[task * R], &total_[task * R], &mixed_[task * R * D]};
+      const float* query = query_.data() + pair * R * D;
+      const T* keys = layer.keys + pair * sizes.positions * D;
+      const T* values = layer.values + pair * sizes.positions * D;
+      const int64_t* seen = seen_.data() + pair * R;
+      auto go = [&](auto v) { attend<T, decltype(v)::value>(query, keys, values, begin, end, seen, (int)R, out); };
+      switch (D / 16) {
+        case 1: go(std::integral_constant<int, 1>{}); break;
+        case 2: go(std::integral_constant<int, 2>{}); break;
+        case 4: go(std::integral_constant<int, 4>{}); break;
+        case 6: go(std::integral_constant<int, 6>{}); break;
+        default: go(std::integral_constant<int, 8>{}); break;
+      }
+    }
+#pragma omp for
+    for (int64_t task = 0; task < M * sizes.heads; ++task) {
+      const int64_t m = task / sizes.heads, h = task % sizes.heads, b = m / Q, q = m % Q;
+      const int64_t pair = b * K + h / G, row = (h % G) * Q + q;
+      float highest = -std::numeric_limits<float>::max(), total = 0;
+      for (int64_t c = 0; c < chunks_; ++c) highest = std::max(highest, maximum_[(pair * chunks_ + c) * R + row]);
+      float weight[64];
+      for (int64_t c = 0; c < chunks_; ++c) {
+        const int64_t at = (pair * chunks_ + c) * R + row;
+        weight[c] = std::exp(maximum_[at] - highest);
+        total += weight[c] * total_[at];
+      }
+      for (int64_t d = 0; d < D; ++d) {
+        float value = 0;
+        for (int64_t c = 0; c < chunks_; ++c) value += weight[c] * mixed_[((pair * chunks_ + c) * R + row) * D + d];
+        attended_.put(m, h * D + d, value / total);
+      }
+    }
+  }
+
+  // inner = silu(gate) * up; ends with a barrier.
+  void activate(int64_t M, int64_t I, int t, int n) {
+    const Share part = share(I, t, n);
+    for (int64_t m = 0; m < M; ++m) {
+      const float* gate = gate_up_.data() + m * 2 * I;
+      inner_.blocks(m, [&](int64_t k, int64_t count, auto* to) {
+        const int64_t from = std::max(part.begin, k), end = std::min(part.end, k + count);
+        for (int64_t i = from; i < end; ++i) to[i - k] = T(gate[i] / (1.f + std::exp(-gate[i])) * gate[I + i]);
+      });
+    }
+#pragma omp barrier
+  }
+};
+
+}  // namespace
