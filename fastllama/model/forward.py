@@ -10,6 +10,10 @@ from fastllama.kernels.attention import attend_cache, attend_causal
 from fastllama.kernels.rope import rotate
 from fastllama.model.weights import Block, Fused, Weights
 
+# Rows that a CPU takes through an MLP at a time: what lies between its products then stays in the cache, in memory
+# that is used again. Larger, each temporary is new memory, whose first touch costs more than the arithmetic.
+_MLP_ROWS = 256
+
 
 def _query_key_value(weights: Weights, block: Block, hidden_BQE, cos_BQD, sin_BQD):
     heads, kv_heads, dim = weights.num_heads, weights.num_kv_heads, weights.head_dim
@@ -22,10 +26,17 @@ def _query_key_value(weights: Weights, block: Block, hidden_BQE, cos_BQD, sin_BQ
     return rotate(query, cos_BQD, sin_BQD), rotate(key, cos_BQD, sin_BQD), value
 
 
-def _finish_block(block: Block, hidden_BQE: torch.Tensor, attended_BQE: torch.Tensor) -> torch.Tensor:
-    hidden_BQE = hidden_BQE + block.o(attended_BQE)
+def _mlp(block: Block, hidden_BQE: torch.Tensor) -> torch.Tensor:
     gate, up = block.gate_up(block.post_norm(hidden_BQE))
-    return hidden_BQE + block.down(block.activation(gate) * up)
+    return block.down(block.activation(gate) * up)
+
+
+def _finish_prompt_block(block: Block, hidden_BQE: torch.Tensor, attended_BQE: torch.Tensor) -> torch.Tensor:
+    hidden_BQE = hidden_BQE + block.o(attended_BQE)
+    tokens = max(_MLP_ROWS // hidden_BQE.shape[0], 1) if hidden_BQE.device.type == "cpu" else hidden_BQE.shape[1]
+    for part_BQE in hidden_BQE.split(tokens, dim=1):
+        part_BQE += _mlp(block, part_BQE)
+    return hidden_BQE
 
 
 def prefill_chunk(
@@ -51,7 +62,7 @@ def prefill_chunk(
             attended = attend_cache(query, keys, values, mask, weights.scale)
         else:
             attended = attend_causal(query, key, value, weights.scale)
-        hidden_BQE = _finish_block(block, hidden_BQE, attended)
+        hidden_BQE = _finish_prompt_block(block, hidden_BQE, attended)
     return hidden_BQE
 
 
@@ -80,6 +91,7 @@ def step(
         write_tokens(key_BKSD, rows_B1, index_BQ, key)
         write_tokens(value_BKSD, rows_B1, index_BQ, value)
         attended = attend_cache(query, key_BKSD[:, :, :used], value_BKSD[:, :, :used], mask_B1QS, weights.scale)
-        hidden_BQE = _finish_block(block, hidden_BQE, attended)
+        hidden_BQE = hidden_BQE + block.o(attended)
+        hidden_BQE = hidden_BQE + _mlp(block, hidden_BQE)
     valid_past_index.add_(ids_BQ.shape[1])
     return weights.lm_head(weights.norm(hidden_BQE))
