@@ -8,9 +8,10 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from fastllama.decode.choice import Choice, GreedyChoice
 from fastllama.decode.engine import Engine
 from fastllama.decode.prompt import Prompt, unpad
-from fastllama.decode.stop import DrawState, StopCheck, lag_for
+from fastllama.decode.stop import StopCheck, lag_for
 
 
 def sample_loop(
@@ -37,40 +38,20 @@ def sample_loop(
     engine.fit(model, batch, prompt.longest, prompt.longest + (most_new - 1 if most_new else 0))
     engine.begin(batch)
 
-    do_sample, as_dict = generation_config.do_sample, generation_config.return_dict_in_generate
-    scores = [] if as_dict and generation_config.output_scores else None
-    raw_logits = [] if as_dict and generation_config.output_logits else None
-    pad_id = generation_config._pad_token_tensor
-    pad_id = pad_id.to(input_ids.device) if pad_id is not None else None
-    has_eos = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-    unfinished_B = torch.ones(batch, dtype=torch.long, device=input_ids.device)
-
     if lag is None:
         stateful = engine.rotary.stateful
         lag = lag_for(input_ids.device, logits_processor, stopping_criteria, streamer, stateful)
-    stop, draws = StopCheck(lag, input_ids.device), DrawState(lag, input_ids.device, do_sample)
+    stop = StopCheck(lag, input_ids.device)
+    how = (logits_processor, stopping_criteria, generation_config, stop)
+    choice = GreedyChoice.when_possible(input_ids, most_new, *how) or Choice(input_ids, *how)
     logits_BV = engine.prefill(prompt, generation_config.prefill_chunk_size)
     taken = 0
     while True:
-        next_logits_BV = logits_BV.to(copy=True, dtype=torch.float32, device=input_ids.device)
-        next_scores_BV = logits_processor(input_ids, next_logits_BV)
-        if scores is not None:
-            scores.append(next_scores_BV)
-        if raw_logits is not None:
-            raw_logits.append(next_logits_BV)
-        if do_sample:
-            draws.remember()
-            chosen_B = torch.multinomial(next_scores_BV.softmax(dim=-1), num_samples=1).squeeze(1)
-        else:
-            chosen_B = next_scores_BV.argmax(dim=-1)
-        if has_eos:
-            chosen_B = chosen_B * unfinished_B + pad_id * (1 - unfinished_B)
-        input_ids = torch.cat((input_ids, chosen_B[:, None]), dim=-1)
+        chosen_B = choice.take(logits_BV)
         taken += 1
-        unfinished_B = unfinished_B & ~stopping_criteria(input_ids, tuple(scores) if scores is not None else None)
         if streamer is not None:
             streamer.put(chosen_B.cpu())
-        if stop.finished(unfinished_B):
+        if choice.finished():
             break
         if taken == most_new and lag:
             stop.drain()
@@ -80,20 +61,16 @@ def sample_loop(
         logits_BV = engine.step(chosen_B[:, None].to(engine.cache.shape.device))[:, -1]
 
     if stop.surplus:
-        input_ids = input_ids[:, : -stop.surplus].contiguous()
-        draws.undo(stop.surplus)
+        choice.undo(stop.surplus)
         engine.undo(stop.surplus)
-        for kept in (scores, raw_logits):
-            if kept is not None:
-                del kept[-stop.surplus :]
     if streamer is not None:
         streamer.end()
-    if not as_dict:
-        return input_ids
+    if not generation_config.return_dict_in_generate:
+        return choice.ids.contiguous()
     return GenerateDecoderOnlyOutput(
-        sequences=input_ids,
-        scores=None if scores is None else tuple(scores),
-        logits=None if raw_logits is None else tuple(raw_logits),
+        sequences=choice.ids.contiguous(),
+        scores=None if choice.scores is None else tuple(choice.scores),
+        logits=None if choice.raw_logits is None else tuple(choice.raw_logits),
         past_key_values=copied_out(model, engine, prompt, batch),
     )
 
