@@ -14,12 +14,13 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["fastllama", "fastllama.*"]),
     package_data={
+        "fastllama.kernels": ["native_code/*"],
         "fastllama.demo": [
             "heldout/*",
             "weights/*.json",
             "weights/target/*",
             "weights/draft/*",
-        ]
+        ],
     },
     install_requires=["torch>=2.11", "transformers>=5.17", "accelerate>=1.10", "tensorboard>=2.18"],
     extras_require={

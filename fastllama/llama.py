@@ -115,7 +115,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         ids = input_ids.to(self.device, torch.int64, copy=True, memory_format=torch.contiguous_format)
         with self._engine.lock:
             self._engine.require_rows(ids.shape[0])
-            if self._engine.packing.restored:  # somebody looked at a weight since the prefill
+            if not self._engine.binding.is_whole:  # weights were moved, or asked for, since the prefill
                 self._engine.refresh(self)
             while self._engine.room() < ids.shape[1]:
                 self._engine.grow(self)
@@ -182,7 +182,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
                 )
             self._path = self._engine.words()
         finally:
-            self._engine.forget_restored()
+            self._engine.binding.forget_restored()
             self._engine.lock.release()
         return result
 

@@ -10,10 +10,20 @@ import transformers
 import fastllama
 from fastllama import demo
 from fastllama.demo.text import held_out_text
+from fastllama.kernels import native
+from fastllama.kernels.linear import can_pack
 from fastllama.lab.parity import teacher_forced_rms
 
 POSITIONS = 1024
 PREFIX = 64
+WAYS = [
+    {"compile": "no"},
+    {"compile": "static"},
+    {"compile": "native"},
+    {"compile": "no", "products": "stock"},
+    {"compile": "no", "products": "native"},
+    {"compile": "no", "products": "packed"},
+]
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +58,16 @@ def vanilla(request, folder, reference):
     return request.param, torch.stack(logits)
 
 
-@pytest.mark.parametrize("compile", ["no", "static"])
-def test_our_logits_are_no_further_from_fp32_than_vanillas(compile, folder, reference, vanilla):
+@pytest.mark.parametrize("switches", WAYS, ids=lambda switches: "-".join(switches.values()))
+def test_our_logits_are_no_further_from_fp32_than_vanillas(switches, folder, reference, vanilla):
     ids, fp32 = reference
     dtype, theirs = vanilla
     ours = fastllama.LlamaForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    ours.preallocate(1, ids.shape[1], compile=compile)
+    if "native" in switches.values() and native.load() is not None:
+        pytest.skip(native.load())
+    if switches.get("products") == "packed" and not can_pack(ours.lm_head.weight):
+        pytest.skip(f"torch packs no {dtype} here")
+    ours.preallocate(1, ids.shape[1], **switches)
     logits = [ours.prefill(ids[:, :PREFIX])[0]]
     logits += [ours.step(ids[:, position : position + 1])[0, -1] for position in range(PREFIX, ids.shape[1] - 1)]
     assert len(logits) == len(theirs) == POSITIONS

@@ -7,6 +7,7 @@ import torch
 
 from fastllama import demo
 from fastllama.demo.text import held_out_text
+from fastllama.kernels import native
 from fastllama.lab.parity import compare, top_margin
 from tests.pairwise import pairwise
 from tests.tiny import GREEDY, SAMPLED, generate, pair, prompt
@@ -52,7 +53,8 @@ def check(case: dict, compile: str) -> None:
     for decoding in (GREEDY, SAMPLED):
         expected = generate(vanilla, inputs, max_new_tokens=NEW, **decoding)
         found = generate(ours, inputs, max_new_tokens=NEW, **decoding)
-        assert ours.path.startswith(f"preallocated, {compile} compile")
+        how = "native step" if compile == "native" else f"{compile} compile"
+        assert ours.path.startswith(f"preallocated, {how}")
         assert_parity(vanilla, inputs, found, expected, greedy=decoding is GREEDY)
         assert len(set(found[0, width:].tolist())) >= 10, "degenerate output proves nothing"
 
@@ -60,6 +62,13 @@ def check(case: dict, compile: str) -> None:
 @pytest.mark.parametrize("case", FULL, ids=name)
 def test_eager_product(case):
     check(case, "no")
+
+
+@pytest.mark.parametrize("case", [case for case in FULL if case["rope"] != "dynamic"], ids=name)
+def test_native_product(case):
+    if native.load() is not None:
+        pytest.skip(native.load())
+    check(case, "native")
 
 
 @pytest.mark.parametrize("case", pairwise(FACTORS), ids=name)

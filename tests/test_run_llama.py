@@ -132,7 +132,7 @@ def test_profile_leaves_a_trace(tiny, capsys):
     assert run("--model", tiny, "--device", "cpu", "--prompt-length", "12", "--preallocate", "--profile") == 0
     (path,) = run_llama.LOGS.glob("traces/tiny-ours-no/*.pt.trace.json")
     trace = json.loads(path.read_text())
-    assert any(event.get("name") == "aten::mm" for event in trace["traceEvents"])
+    assert any(event.get("name") == "aten::scaled_dot_product_attention" for event in trace["traceEvents"])
     assert "host_name" not in trace and trace["traceName"] == path.name
     out = capsys.readouterr().out
     assert "aten::" in out and "share" in out

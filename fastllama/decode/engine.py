@@ -10,18 +10,16 @@ from torch import nn
 
 from fastllama.cache.budget import CacheShape, require
 from fastllama.cache.float_cache import FloatCache
+from fastllama.decode.binding import Binding, chooser
 from fastllama.decode.prompt import Prompt
 from fastllama.decode.reservation import bytes_for, implicit_length, require_fit, same_but_longer, shape_for
-from fastllama.kernels.tune import Chooser
 from fastllama.model.capture import CapturedStep
 from fastllama.model.compiled import Buckets, compiled_step
 from fastllama.model.config import FastConfig
 from fastllama.model.forward import prefill_chunk, step
 from fastllama.model.native_step import NativeStep, obstacle
-from fastllama.model.released import Packing
 from fastllama.model.rotary import RotaryTable
-from fastllama.model.sources import Sources
-from fastllama.model.weights import Weights, gather
+from fastllama.model.weights import Weights
 
 # A reservation on first use takes no time for compiling or measuring, and leaves the weights where they are.
 _IMPLICIT = FastConfig(products="stock")
@@ -35,9 +33,7 @@ class Engine:
         self.config = _IMPLICIT
         self.explicit = False
         self.cache: FloatCache | None = None
-        self.weights: Weights | None = None
-        self.sources: Sources | None = None  # what the weights were read from
-        self.packing: Packing | None = None
+        self.binding = Binding(in_use=self.lock.locked)
         self.rotary: RotaryTable | None = None
         self.reallocations = 0
         self._step = None
@@ -54,6 +50,11 @@ class Engine:
     def __reduce__(self):
         return Engine, ()
 
+    @property
+    def weights(self) -> Weights | None:
+        """What the forward passes read."""
+        return self.binding.weights
+
     # reservation
 
     def preallocate(self, model: nn.Module, batch_size: int, cache_length: int, config: FastConfig) -> int:
@@ -62,14 +63,14 @@ class Engine:
         nbytes = bytes_for(model, shape)
         held = self.cache.shape.nbytes if self.cache is not None else 0
         require(nbytes - held, shape.device, f"a cache of {batch_size} x {cache_length} positions")
-        wanted = "native" if config.compile == "native" else config.products
-        Chooser(wanted, batch_size, 0, model.model.norm.weight)  # may refuse
+        chooser(model, config, batch_size)  # may refuse
+        reason = obstacle(model, shape) if config.compile == "native" else None
+        if reason is not None:
+            raise ValueError(f"compile='native' cannot be honoured: {reason}")
         self.free()
         try:
             self._reserve(model, shape, config)
             self.explicit = True
-            if config.compile == "native" and self._native is None:
-                raise ValueError(f"compile='native' cannot be honoured: {self._native_obstacle}")
             if config.compile not in ("no", "native"):
                 self._warm_up(model)
         except BaseException:
@@ -87,17 +88,17 @@ class Engine:
         shape = self.cache.shape
         self._buckets = Buckets(self.cache.positions, shape.cache_length, self.config.bucket)
         self._make_rotary(model)
-        self._make_step()
+        self._make_step(model)
         self.reallocations += 1
 
     def _make_rotary(self, model: nn.Module) -> None:
         shape = self.cache.shape
         self.rotary = RotaryTable(model.model.rotary_emb, shape.reserved_length, shape.dtype, shape.device)
 
-    def _make_step(self) -> None:
+    def _make_step(self, model: nn.Module) -> None:
         self._native = None
         if self.config.compile == "native":
-            self._native_obstacle = obstacle(self.weights, self.cache, self.rotary)
+            self._native_obstacle = obstacle(model, self.cache.shape)
             if self._native_obstacle is None:
                 self._native = NativeStep(self.weights, self.cache, self.rotary)
             self._step, self._addresses = step, None
@@ -130,42 +131,25 @@ class Engine:
 
     def forget_weights(self) -> None:
         """Lets go of weights and tables that a move, a cast or a loaded state dict is about to replace."""
-        if self.packing is not None:
-            self.packing.restore()
-        self.weights = self.sources = self.packing = self.rotary = None
-
-    def forget_restored(self) -> None:
-        """After a call within which somebody asked for packed weights: they are parameters again, and held once."""
-        if self.packing is not None and self.packing.restored:
-            self.weights = self.sources = self.packing = None
+        self.binding.forget()
+        self.rotary = self._native = None
 
     def refresh(self, model: nn.Module) -> None:
         """Follows what has been rebound since the last call: adapters, casts and assigned state dicts do that."""
-        if self.weights is None or not (self.packing.is_current() and self.sources.are_current(model)):
-            plain = self.weights is not None and self.weights.plain
-            rotary = self.rotary
-            self.forget_weights()  # never hold the old and the new at once
-            self._gather(model)
-            self.rotary = rotary
-            remake = self._step is not None and (self.weights.plain != plain or self.config.compile == "native")
-        else:
-            remake = False
-        if self.cache is not None:
-            self._watch_addresses(model)
-            if self.rotary is None or self.rotary.module is not model.model.rotary_emb:
-                self._make_rotary(model)
-                remake = remake or self._native is not None
-        if remake:
-            self._make_step()
-
-    def _gather(self, model: nn.Module) -> None:
-        nbytes = sum({p.data_ptr(): p.nbytes for p in model.parameters()}.values())
-        rows = self.cache.shape.batch_size if self.cache is not None else 1
-        wanted = "native" if self.config.compile == "native" else self.config.products
-        choose = Chooser(wanted, rows, nbytes, model.model.norm.weight)
-        self.packing = Packing(in_use=self.lock.locked)
-        self.weights = gather(model, self.config.fuse, choose, self.packing)
-        self.sources = Sources(model)
+        plain = self.weights.plain if self.weights is not None else None
+        stale = not self.binding.is_current(model)
+        if stale:
+            self._native = None
+            self.binding.read(model, self.config, self.cache.shape.batch_size if self.cache is not None else 1)
+        if self.cache is None:
+            return
+        self._watch_addresses(model)
+        if self.rotary is None or self.rotary.module is not model.model.rotary_emb:
+            self._make_rotary(model)
+            stale = stale or self.config.compile == "native"
+        native_or_changed = self.config.compile == "native" or self.weights.plain != plain
+        if stale and self._step is not None and native_or_changed:
+            self._make_step(model)
 
     def _watch_addresses(self, model: nn.Module) -> None:
         """Drops captured graphs when any parameter has moved since they were captured."""
@@ -228,12 +212,14 @@ class Engine:
         """Logits [B, Q, V] of the newest tokens, after storing them."""
         cache = self.cache
         rows, tokens = ids_BQ.shape
-        self._used += tokens
+        used = self._used + tokens
         if rows < cache.shape.batch_size:  # idle rows write at position 0 and are ignored
             idle = ids_BQ.new_zeros(cache.shape.batch_size - rows, tokens)
             ids_BQ = torch.cat((ids_BQ, idle))
         if self._native is not None and self._native.takes(*ids_BQ.shape):
-            return self._native(ids_BQ.contiguous())[:rows]
+            logits = self._native(ids_BQ.contiguous())
+            self._used = used
+            return logits[:rows]
         index_BQ = cache.valid_past_index[:, None] + self._offsets(tokens)
         cos_BQD, sin_BQD = self.rotary.at(index_BQ)
         # Only single tokens were compiled: another count would be another graph.
@@ -245,12 +231,13 @@ class Engine:
             cache.mask_B11S,
             cache.valid_past_index,
             cache.rows_B1,
-            self._buckets.covering(self._used),
+            self._buckets.covering(used),
             ids_BQ.contiguous(),
             index_BQ,
             cos_BQD,
             sin_BQD,
         )
+        self._used = used
         return logits[:rows]
 
     def _offsets(self, tokens: int) -> torch.Tensor | int:

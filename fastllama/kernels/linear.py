@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 NATIVE_ROWS = 16  # beyond, the libraries' many-row products are faster
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MANY = 16  # rows from which it pays that oneDNN rearranges the weight for the call
 _BLOCK = 2**22  # numbers of a half-precision weight that are widened at a time
 _ROW_HINT = 128  # the packed form for 128 rows is the fastest at every row count

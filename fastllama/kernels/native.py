@@ -7,6 +7,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +15,15 @@ from pathlib import Path
 import torch
 
 _SOURCES = sorted(Path(__file__).with_name("native_code").iterdir())
-_FLAGS = ["-O3", "-march=native", "-ffast-math", "-fopenmp"]
+# Sums may be taken in any order. Not -ffast-math: it would take infinities for numbers, and flush the smallest numbers
+# to zero in the whole process.
+_FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
+_FLAGS += ["-fassociative-math", "-freciprocal-math"]
 
 
 def cache_folder() -> Path:
     """Where compiled and measured things are kept: ~/.cache/fastllama, or under XDG_CACHE_HOME."""
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fastllama"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastllama"
 
 
 @functools.cache
@@ -49,7 +53,8 @@ def load() -> str | None:
             _build(name, folder, library)
         torch.ops.load_library(str(library))
     except Exception as fault:  # whatever a compiler can do wrong
-        return f"it was not built: {str(fault).strip().splitlines()[0]}"
+        words = str(fault).strip().splitlines() or [type(fault).__name__]
+        return f"it was not built: {words[0]}"
     torch.library.register_fake("fastllama_native::linear_rows", _shape)
     return None
 
@@ -64,7 +69,7 @@ def _build(name: str, folder: Path, library: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # Under a name of its own, renamed when it is whole: another process may be building too.
     unfinished = folder / f"{os.getpid()}.so"
-    command = [cpp_extension.get_cxx_compiler(), *_FLAGS, "-std=c++20", "-shared", "-fPIC"]
+    command = [*shlex.split(cpp_extension.get_cxx_compiler()), *_FLAGS, "-std=c++20", "-shared", "-fPIC"]
     command += [str(path) for path in _SOURCES if path.suffix == ".cpp"]
     command += [f"-isystem{path}" for path in cpp_extension.include_paths()]
     command += [f"-L{path}" for path in cpp_extension.library_paths()] + ["-lc10", "-ltorch_cpu", "-o", str(unfinished)]

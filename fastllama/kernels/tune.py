@@ -3,6 +3,7 @@
 This file and the laboratory are the only ones that read a clock.
 """
 
+import contextlib
 import json
 import os
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 
 from fastllama.kernels import native
-from fastllama.kernels.linear import NATIVE_ROWS, Native, Packed, Stock, can_pack, hold, let_go, pack
+from fastllama.kernels.linear import NATIVE_DTYPES, NATIVE_ROWS, Native, Packed, Stock, can_pack, hold, let_go, pack
 
 PRODUCTS = ("auto", "stock", "native", "packed")
 _PASSES = 5
@@ -33,6 +34,8 @@ class Chooser:
         self.native = on_cpu and wanted in ("auto", "native", "packed") and native.load() is None
         if wanted == "native" and not self.native:
             raise ValueError(f"products='native' cannot be honoured: {native.load() if on_cpu else 'it is for CPUs'}")
+        if wanted == "native" and weight.dtype not in NATIVE_DTYPES:
+            raise ValueError(f"products='native' cannot be honoured: it has no {weight.dtype}")
         if wanted == "packed" and not can_pack(weight):
             raise ValueError(
                 f"products='packed' cannot be honoured: this torch packs no {weight.dtype} on {weight.device.type}"
@@ -40,7 +43,7 @@ class Chooser:
 
     def __call__(self, weight: torch.Tensor, may_pack: bool) -> str:
         candidates = ["stock"]
-        if self.native and self.rows <= NATIVE_ROWS and weight.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        if self.native and self.rows <= NATIVE_ROWS and weight.dtype in NATIVE_DTYPES:
             candidates.append("native")
         if may_pack and can_pack(weight):
             candidates.append("packed")
@@ -60,11 +63,10 @@ class Chooser:
                 *candidates,
             )
         )
-        known = _read()
-        if key not in known:
-            known = {**_read(), key: self._measure(weight, candidates)}
-            _write(known)
-        times = known[key]
+        times = _read().get(key)
+        if not _are_times(times, candidates):
+            times = self._measure(weight, candidates)
+            _write({**_read(), key: times})
         best = min(candidates, key=times.__getitem__)
         if best == "packed":
             loose = min((name for name in candidates if name != "packed"), key=times.__getitem__)
@@ -93,6 +95,10 @@ class Chooser:
         return times
 
 
+def _are_times(times, candidates: list[str]) -> bool:
+    return isinstance(times, dict) and all(isinstance(times.get(name), (int, float)) for name in candidates)
+
+
 def _path() -> Path:
     return native.cache_folder() / "products" / f"{native.machine()}.json"
 
@@ -113,4 +119,5 @@ def _write(known: dict[str, dict[str, float]]) -> None:
         temporary.write_text(json.dumps(known, indent=1))
         os.replace(temporary, path)
     except OSError:  # a folder that cannot be written: the next process measures again
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()

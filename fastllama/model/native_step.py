@@ -2,42 +2,41 @@
 
 import torch
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from fastllama.cache.budget import CacheShape
 from fastllama.cache.float_cache import FloatCache
 from fastllama.kernels import native
-from fastllama.kernels.linear import NATIVE_ROWS, Native
-from fastllama.kernels.norm import Norm
-from fastllama.model.rotary import RotaryTable
-from fastllama.model.weights import Fused, Table, Weights
+from fastllama.kernels.linear import NATIVE_ROWS
+from fastllama.model.rotary import RotaryTable, is_stateful
+from fastllama.model.sources import all_modules, is_plain
+from fastllama.model.weights import Weights
 
 _HEAD_DIMS = (16, 32, 64, 96, 128)
 
 
-def obstacle(weights: Weights, cache: FloatCache, rotary: RotaryTable) -> str | None:
-    """Why this model's step cannot be one C++ call; None when it can."""
-    if cache.shape.device.type != "cpu":
+def obstacle(model: nn.Module, shape: CacheShape) -> str | None:
+    """Why this model's step, on a cache of this shape, cannot be one C++ call; None when it can."""
+    if shape.device.type != "cpu":
         return "the model is not on a CPU"
-    if cache.shape.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"the model is in {cache.shape.dtype}"
-    reason = native.load()
-    if reason is not None:
-        return reason
-    if rotary.stateful:
-        return f"rope_type {rotary.module.rope_type!r} depends on the longest position"
-    if cache.shape.head_dim not in _HEAD_DIMS:
-        return f"head_dim is {cache.shape.head_dim}"
-    if not isinstance(weights.embed, Table) or not isinstance(weights.norm, Norm):
-        return "a module was replaced"
-    for block in weights.blocks:
-        if not isinstance(block.activation, nn.SiLU) and type(block.activation).__name__ != "SiLUActivation":
-            return "the activation is not silu"
-        if not (isinstance(block.qkv, Fused) and isinstance(block.gate_up, Fused)):
-            return "products are not fused"
-        if not (isinstance(block.input_norm, Norm) and isinstance(block.post_norm, Norm)):
-            return "a norm was replaced"
-    if not all(isinstance(product, Native) for product in _products(weights)):
-        return "a product is a module of its own"
-    return None
+    if shape.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the model is in {shape.dtype}"
+    if shape.batch_size > NATIVE_ROWS:
+        return f"{shape.batch_size} rows are more than the {NATIVE_ROWS} it is for"
+    if is_stateful(model.model.rotary_emb):
+        return f"rope_type {model.model.rotary_emb.rope_type!r} depends on the longest position"
+    if shape.head_dim not in _HEAD_DIMS:
+        return f"head_dim is {shape.head_dim} and not one of {', '.join(map(str, _HEAD_DIMS))}"
+    body, layers = model.model, model.model.layers
+    activations = {layer.mlp.act_fn for layer in layers}
+    if not all(type(activation).__name__ in ("SiLU", "SiLUActivation") for activation in activations):
+        return "the activation is not silu"
+    norms = {body.norm, *(norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm))}
+    kinds = {body.embed_tokens: nn.Embedding} | dict.fromkeys(norms, LlamaRMSNorm)
+    for module in all_modules(model):
+        if module not in activations and not is_plain(module, kinds.get(module, nn.Linear)):
+            return f"a {type(module).__name__} of {type(module).__module__.split('.')[0]} takes part"
+    return native.load()
 
 
 def _products(weights: Weights) -> list:

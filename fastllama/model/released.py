@@ -75,34 +75,25 @@ class Released(dict):
 class _Entry:
     """One packed weight, and the modules whose weights are its rows."""
 
-    def __init__(self, modules: tuple[nn.Module, ...], handle: torch.Tensor):
-        parameters = [module._parameters["weight"] for module in modules]
+    def __init__(self, modules: tuple[nn.Module, ...], parameters: list[nn.Parameter], handle: torch.Tensor):
         self.handle = handle
         self.modules = [weakref.ref(module) for module in modules]
         self.sizes = [parameter.shape[0] for parameter in parameters]
-        # Whoever else holds a parameter (an optimizer, a model that shares it) keeps it, and it is put back then.
-        self.originals = [weakref.ref(parameter) for parameter in parameters]
-        self.versions = [parameter._version for parameter in parameters]
         self.requires_grad = [parameter.requires_grad for parameter in parameters]
         self.attributes = [dict(vars(parameter)) for parameter in parameters]
 
-    def is_current(self) -> bool:
-        """False once somebody who kept a parameter has written to it."""
-        pairs = zip(self.originals, self.versions, strict=True)
-        return all(original() is None or original()._version == version for original, version in pairs)
+    def parameter(self, index: int, values: torch.Tensor) -> nn.Parameter:
+        parameter = nn.Parameter(values, requires_grad=self.requires_grad[index])
+        vars(parameter).update(self.attributes[index])
+        return parameter
 
     def parameters(self) -> list[nn.Parameter]:
-        originals = [original() for original in self.originals]
-        if all(original is not None for original in originals):
-            return originals
         parts = held(self.handle).to_dense().split(self.sizes)
-        found = []
-        for index, (original, part) in enumerate(zip(originals, parts, strict=True)):
-            if original is None:
-                original = nn.Parameter(part, requires_grad=self.requires_grad[index])
-                vars(original).update(self.attributes[index])
-            found.append(original)
-        return found
+        return [self.parameter(index, part) for index, part in enumerate(parts)]
+
+
+def _in_training(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None or bool(parameter._backward_hooks)
 
 
 class Packing:
@@ -113,31 +104,39 @@ class Packing:
         self.restored = False
         self._in_use = in_use
 
-    def take(self, modules: tuple[nn.Module, ...], weight: torch.Tensor, bias: torch.Tensor | None) -> Packed:
-        """Packs `weight`, whose rows are the modules' weights, and makes the modules let go of theirs."""
-        handle = hold(pack(weight))
-        self.entries.append(_Entry(modules, handle))
-        for module in modules:
-            plain = module._parameters
-            released = Released(plain, self)
+    def take(self, modules: tuple[nn.Module, ...], weight: torch.Tensor, bias: torch.Tensor | None) -> Packed | None:
+        """Packs `weight`, whose rows are the modules' weights, and makes the modules let go of theirs.
+
+        None, and nothing changed, where somebody else holds a parameter (an optimizer, say) or it is being trained:
+        what is written to it must be seen, and it would be held twice.
+        """
+        plains = [module._parameters for module in modules]
+        parameters = [plain["weight"] for plain in plains]
+        if any(_in_training(parameter) for parameter in parameters):
+            return None
+        for plain in plains:
             plain["weight"] = None
-            module.__dict__["_parameters"] = released
+        references = [weakref.ref(parameter) for parameter in parameters]
+        entry = _Entry(modules, parameters, None)
+        del parameters
+        if any(reference() is not None for reference in references):
+            for index, (plain, part) in enumerate(zip(plains, weight.split(entry.sizes), strict=True)):
+                alive = references[index]()
+                plain["weight"] = entry.parameter(index, part) if alive is None else alive
+            return None
+        handle = entry.handle = hold(pack(weight))
+        self.entries.append(entry)
+        for module, plain in zip(modules, plains, strict=True):
+            module.__dict__["_parameters"] = Released(plain, self)
         # Compiled code may outlive the product: what its handle names lives as long as the handle's tensor.
         weakref.finalize(handle, let_go, handle.clone())
         return Packed(handle, bias, weight.shape[0])
-
-    def is_current(self) -> bool:
-        """Whether what is packed still is what the model would compute with."""
-        return not self.restored and all(entry.is_current() for entry in self.entries)
 
     def restore(self) -> None:
         """Puts the parameters back, one weight at a time. Once done, nothing happens."""
         if self.restored:
             return
         self.restored = True
-        logger.warning_once(
-            "fastllama: packed weights were asked for as parameters, and are unpacked until the next call"
-        )
         with torch.inference_mode(False), torch.no_grad():
             for entry in self.entries:
                 for module, parameter in zip(entry.modules, entry.parameters(), strict=True):

@@ -119,9 +119,12 @@ class _Gatherer:
         weight = _one_storage([module.weight for module in modules])
         bias = None if modules[0].bias is None else _one_storage([module.bias for module in modules])
         kind = self.choose(weight, not tied)
+        packed = self.packing.take(modules, weight, bias) if kind == "packed" else None
+        if kind == "packed" and packed is None:
+            kind = self.choose(weight, False)
         self.kinds[kind] += 1
-        if kind == "packed":
-            return self.packing.take(modules, weight, bias)
+        if packed is not None:
+            return packed
         return (Native if kind == "native" else Stock)(weight, bias)
 
     def one(self, module: nn.Module, tied: bool = False) -> Product | nn.Module:

@@ -40,6 +40,7 @@ at::Tensor linear_rows(const at::Tensor& input, const at::Tensor& weight, const 
   sizes.back() = weight.size(0);
   at::Tensor out = at::empty(sizes, input.options().memory_format(at::MemoryFormat::Contiguous));
   if (out.numel() == 0) return out;
+  if (weight.size(1) == 0) return at::linear(input, weight, bias);
   const at::Tensor x = input.contiguous();
   typed(weight, [&](auto zero) {
     using T = decltype(zero);

@@ -39,6 +39,48 @@ inline float sum(f32x16 v) {
 #endif
 }
 
+// The sums of 4 vectors in out[0 .. 3], and of 16 in 4 rows of 4 that are `stride` apart: `out[i] += sum(v[i])`.
+inline void add_sums4(const f32x16* v, float* out) {
+#if defined(__AVX512F__)
+  auto pair = [](f32x16 a, f32x16 b) {
+    return _mm512_add_ps(_mm512_unpacklo_ps((__m512)a, (__m512)b), _mm512_unpackhi_ps((__m512)a, (__m512)b));
+  };
+  const __m512d ab = _mm512_castps_pd(pair(v[0], v[1])), cd = _mm512_castps_pd(pair(v[2], v[3]));
+  const __m512 lanes = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(lanes), _mm512_extractf32x8_ps(lanes, 1));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  _mm_storeu_ps(out, _mm_add_ps(four, _mm_loadu_ps(out)));
+#else
+  for (int i = 0; i < 4; ++i) out[i] += sum(v[i]);
+#endif
+}
+
+inline void add_sums16(const f32x16* v, float* out, int64_t stride) {
+#if defined(__AVX512F__)
+  __m512 rows[4];
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) {
+    const f32x16* w = v + 4 * r;
+    auto pair = [](f32x16 a, f32x16 b) {
+      return _mm512_add_ps(_mm512_unpacklo_ps((__m512)a, (__m512)b), _mm512_unpackhi_ps((__m512)a, (__m512)b));
+    };
+    const __m512d ab = _mm512_castps_pd(pair(w[0], w[1])), cd = _mm512_castps_pd(pair(w[2], w[3]));
+    rows[r] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+  }
+  auto join = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
+  };
+  const __m512 all = join(join(rows[0], rows[1]), join(rows[2], rows[3]));
+  auto store = [&](float* to, __m128 four) { _mm_storeu_ps(to, _mm_add_ps(four, _mm_loadu_ps(to))); };
+  store(out, _mm512_extractf32x4_ps(all, 0));
+  store(out + stride, _mm512_extractf32x4_ps(all, 1));
+  store(out + 2 * stride, _mm512_extractf32x4_ps(all, 2));
+  store(out + 3 * stride, _mm512_extractf32x4_ps(all, 3));
+#else
+  for (int r = 0; r < 4; ++r) add_sums4(v + 4 * r, out + r * stride);
+#endif
+}
+
 // How a type is loaded and multiplied: a Register holds one step of kStep numbers. Here it is widened as it is read.
 template <typename T>
 struct Wide {
@@ -115,7 +157,7 @@ template <typename T, int M>
 inline void tile(const T* w, int64_t K, const typename Lane<T>::Stored* x, int64_t stride, int64_t width, int64_t from,
                  int64_t to, float* sums) {
   using L = Lane<T>;
-  f32x16 totals[kTile][M] = {};
+  f32x16 totals[M][kTile] = {};
   auto pass = [&](int64_t k, int64_t end, auto ask) __attribute__((always_inline)) {
     for (; k < end; k += L::kStep) {
       typename L::Register weights[kTile];
@@ -131,7 +173,7 @@ inline void tile(const T* w, int64_t K, const typename Lane<T>::Stored* x, int64
         asm("" : "+v"(row));  // one load for the tile: the compiler would fold a load into each product
 #endif
 #pragma GCC unroll 8
-        for (int r = 0; r < kTile; ++r) L::add(totals[r][m], weights[r], row);
+        for (int r = 0; r < kTile; ++r) L::add(totals[m][r], weights[r], row);
       }
     }
   };
@@ -139,12 +181,13 @@ inline void tile(const T* w, int64_t K, const typename Lane<T>::Stored* x, int64
   pass(0, from, std::false_type{});
   pass(from, to, std::true_type{});
   pass(to, whole, std::false_type{});
-  for (int m = 0; m < M; ++m)
-    for (int r = 0; r < kTile; ++r) {
-      float total = sum(totals[r][m]);
-      for (int64_t k = whole; k < width; ++k) total += float(w[r * K + k]) * float(x[m * stride + k]);
-      sums[m * kChunk + r] += total;
-    }
+  constexpr int kFours = M / 4 * 4;
+  if constexpr (kFours > 0) add_sums16(totals[0], sums, kChunk);
+#pragma GCC unroll 8
+  for (int m = kFours; m < M; ++m) add_sums4(totals[m], sums + m * kChunk);
+  for (int64_t k = whole; k < width; ++k)
+    for (int m = 0; m < M; ++m)
+      for (int r = 0; r < kTile; ++r) sums[m * kChunk + r] += float(w[r * K + k]) * float(x[m * stride + k]);
 }
 
 // x, cut into blocks of columns that fit the first cache; rows are a line apart, or they would share cache sets.

@@ -14,6 +14,8 @@
 
 namespace {
 
+constexpr int64_t kShares = 64;  // parts that one kv head's positions may be cut into
+
 struct Sizes {
   int64_t heads, kv_heads, dim, batch, positions;
   float scale;
@@ -92,6 +94,7 @@ class Decoder {
  private:
   int64_t E_ = 0, rows_ = 0, chunks_ = 1;
   std::vector<float> hidden_, qkv_, gate_up_, query_, maximum_, total_, mixed_;
+  std::vector<T> query_rounded_;  // the same numbers, for processors that multiply T in pairs
   std::vector<int64_t> seen_;
   Operand<T> x_, attended_, inner_;
 
@@ -102,7 +105,7 @@ class Decoder {
     for (int64_t b = 0; b < sizes.batch; ++b) longest = std::max(longest, valid_past_index[b] + Q);
     // A kv head is a task of its own; where that leaves threads idle, its positions are cut too.
     const int64_t threads = at::get_num_threads();
-    chunks_ = groups % threads == 0 ? 1 : std::clamp<int64_t>(longest / (4 * kBlock), 1, threads);
+    chunks_ = groups % threads == 0 ? 1 : std::clamp<int64_t>(longest / (4 * kBlock), 1, std::min<int64_t>(threads, kShares));
     const int64_t partials = M * sizes.heads * chunks_;
     maximum_.resize(std::max<size_t>(maximum_.size(), partials));
     total_.resize(std::max<size_t>(total_.size(), partials));
@@ -111,6 +114,7 @@ class Decoder {
     rows_ = M;
     hidden_.resize(M * E_);
     query_.resize(M * sizes.heads * sizes.dim);
+    query_rounded_.resize(query_.size());
     seen_.resize(M * sizes.heads);
     qkv_.resize(M * layers[0].qkv.N);
     gate_up_.resize(M * layers[0].gate_up.N);
@@ -139,7 +143,7 @@ class Decoder {
     }
   }
 
-  // Rotates queries and keys, scales queries, writes keys and values to the cache; ends with a barrier.
+  // Rotates queries and keys, writes keys and values to the cache; ends with a barrier.
   void rotate_and_store(const Layer<T>& layer, int64_t M, int64_t Q) {
     const int64_t D = sizes.dim, N = sizes.heads, K = sizes.kv_heads, G = N / K, half = D / 2;
 #pragma omp for
@@ -152,7 +156,7 @@ class Decoder {
       auto rotated = [&](int64_t d) { return from[d] * float(c[d]) + from[d < half ? d + half : d - half] * float(s[d]); };
       if (h < N) {  // row (q, head in the group) of the kv head
         const int64_t row = (b * K + h / G) * G * Q + (h % G) * Q + q;
-        for (int64_t d = 0; d < D; ++d) query_[row * D + d] = float(T(rotated(d))) * sizes.scale;
+        for (int64_t d = 0; d < D; ++d) query_[row * D + d] = float(query_rounded_[row * D + d] = T(rotated(d)));
         seen_[row] = position + 1;
       } else if (h < N + K) {
         T* to = layer.keys + ((b * K + h - N) * sizes.positions + position) * D;
@@ -174,11 +178,17 @@ class Decoder {
       const int64_t begin = std::min(used, blocks * chunk / chunks_ * kBlock);
       const int64_t end = std::min(used, blocks * (chunk + 1) / chunks_ * kBlock);
       const Partial out{&maximum_[task * R], &total_[task * R], &mixed_[task * R * D]};
-      const float* query = query_.data() + pair * R * D;
       const T* keys = layer.keys + pair * sizes.positions * D;
       const T* values = layer.values + pair * sizes.positions * D;
       const int64_t* seen = seen_.data() + pair * R;
-      auto go = [&](auto v) { attend<T, decltype(v)::value>(query, keys, values, begin, end, seen, (int)R, out); };
+      auto go = [&](auto v) {
+        constexpr int V = decltype(v)::value;
+        const auto* query = [&] {
+          if constexpr (std::is_same_v<typename Pairs<T, V>::Stored, float>) return query_.data();
+          else return query_rounded_.data();
+        }() + pair * R * D;
+        attend<T, V>(query, sizes.scale, keys, values, begin, end, seen, (int)R, out);
+      };
       switch (D / 16) {
         case 1: go(std::integral_constant<int, 1>{}); break;
         case 2: go(std::integral_constant<int, 2>{}); break;
@@ -193,7 +203,7 @@ class Decoder {
       const int64_t pair = b * K + h / G, row = (h % G) * Q + q;
       float highest = -std::numeric_limits<float>::max(), total = 0;
       for (int64_t c = 0; c < chunks_; ++c) highest = std::max(highest, maximum_[(pair * chunks_ + c) * R + row]);
-      float weight[64];
+      float weight[kShares];
       for (int64_t c = 0; c < chunks_; ++c) {
         const int64_t at = (pair * chunks_ + c) * R + row;
         weight[c] = std::exp(maximum_[at] - highest);
@@ -214,7 +224,14 @@ class Decoder {
       const float* gate = gate_up_.data() + m * 2 * I;
       inner_.blocks(m, [&](int64_t k, int64_t count, auto* to) {
         const int64_t from = std::max(part.begin, k), end = std::min(part.end, k + count);
-        for (int64_t i = from; i < end; ++i) to[i - k] = T(gate[i] / (1.f + std::exp(-gate[i])) * gate[I + i]);
+        int64_t i = from;
+        for (; i + 16 <= end; i += 16) {
+          const f32x16 g = Wide<float>::stored(gate + i), up = Wide<float>::stored(gate + I + i);
+          const f32x16 e = exp_of(g < 0 ? g : -g);
+          const f32x16 y = g * up * (g < 0 ? e : all(1.f)) / (1.f + e);
+          for (int lane = 0; lane < 16; ++lane) to[i - k + lane] = T(y[lane]);
+        }
+        for (; i < end; ++i) to[i - k] = T(gate[i] / (1.f + std::exp(-gate[i])) * gate[I + i]);
       });
     }
 #pragma omp barrier

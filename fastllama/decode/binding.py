@@ -1,0 +1,60 @@
+"""Binding: a model's weights as the fast path reads them, kept current and never held twice."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from fastllama.kernels.tune import Chooser
+from fastllama.model.config import FastConfig
+from fastllama.model.released import Packing
+from fastllama.model.sources import Sources
+from fastllama.model.weights import Weights, gather
+
+
+def chooser(model: nn.Module, config: FastConfig, rows: int, nbytes: int = 0) -> Chooser:
+    """Who picks each product's formulation. Raises `ValueError` where the one asked for does not exist."""
+    wanted = "native" if config.compile == "native" else config.products
+    return Chooser(wanted, rows, nbytes, model.model.norm.weight)
+
+
+class Binding:
+    """`in_use` tells whether a call is in progress, which goes on with packed weights that somebody asked for."""
+
+    def __init__(self, in_use: Callable[[], bool]):
+        self.in_use = in_use
+        self.weights: Weights | None = None
+        self._sources: Sources | None = None
+        self._packing: Packing | None = None
+
+    def is_current(self, model: nn.Module) -> bool:
+        """Whether what was read still is what the model would compute with."""
+        return self.weights is not None and not self._packing.restored and self._sources.are_current(model)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a step can go on with what was read: nothing was forgotten, or asked for, since."""
+        return self.weights is not None and not self._packing.restored
+
+    def read(self, model: nn.Module, config: FastConfig, rows: int) -> None:
+        """Reads the weights anew, for steps of `rows` rows."""
+        self.forget()  # never hold the old and the new at once
+        nbytes = sum({p.data_ptr(): p.nbytes for p in model.parameters()}.values())
+        choose = chooser(model, config, rows, nbytes)
+        packing = Packing(self.in_use)
+        try:
+            self.weights = gather(model, config.fuse, choose, packing)
+        except BaseException:
+            packing.restore()
+            raise
+        self._packing, self._sources = packing, Sources(model)
+
+    def forget(self) -> None:
+        """Lets go of everything; what was packed becomes parameters again."""
+        if self._packing is not None:
+            self._packing.restore()
+        self.weights = self._sources = self._packing = None
+
+    def forget_restored(self) -> None:
+        """After a call within which somebody asked for packed weights: they are parameters again, and held once."""
+        if self._packing is not None and self._packing.restored:
+            self.forget()
