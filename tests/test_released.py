@@ -331,7 +331,7 @@ def test_a_write_to_a_held_parameter_is_seen_by_the_next_generate(how):
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}], ids=str)
 @pytest.mark.parametrize("between", [False, True], ids=["after the step", "between backward and step"])
 def test_training_goes_on(options, between):
-    """What an optimizer holds is not packed: its parameters stay the model's, and each generate follows what it did to them."""
+    """What an optimizer holds is not packed; its parameters stay the model's, and each generate follows them."""
     vanilla, ours = pair()
     inputs = prompt("three")
     ours.preallocate(3, 64, products="packed")

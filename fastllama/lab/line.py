@@ -43,13 +43,19 @@ class Case:
     new_tokens: int = 64
     runs: int = 5
     warmup: int = 1
-    compile: str = "static"
+    compile: str = "native"
+    products: str = "auto"
+
+    @property
+    def switches(self) -> dict[str, str]:
+        """How ours is reserved."""
+        return {"compile": self.compile} | ({} if self.products == "auto" else {"products": self.products})
 
     def point(self, device: str, cls: type[Point] = Point, preallocate: bool = True, **changes) -> Point:
         """The case as a point of ours (or, without `preallocate`, of compiled transformers)."""
         case = replace(self, **changes)
         work = Workload(case.batch_size, case.prompt_length, case.new_tokens)
-        switches = {"compile": case.compile}
+        switches = case.switches if preallocate else {"compile": case.compile}
         return cls(case.model, case.dtype, device, work, preallocate, switches, runs=case.runs, warmup=case.warmup)
 
 

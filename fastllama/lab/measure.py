@@ -41,9 +41,8 @@ def measure(point: Point, progress: Callable[[str], None] = lambda doing: None) 
     ceiling.measure()
     contestants = contestant.load_all(point, found, workload.pad_id(tokenizer))
     try:
-        recompiles = _time(point, contestants, prompt, progress)
+        recompiles = _time(point, contestants, prompt, ceiling, progress)
         progress("comparing")
-        ceiling.measure()
         record = _record(point, contestants, prompt, tokenizer, recompiles, ceiling.gb_per_s)
     finally:
         _release(point, contestants)
@@ -59,7 +58,7 @@ def measure(point: Point, progress: Callable[[str], None] = lambda doing: None) 
     return record
 
 
-def _time(point: Point, contestants: list[Contestant], prompt: Prompt, progress) -> int:
+def _time(point: Point, contestants: list[Contestant], prompt: Prompt, ceiling: Ceiling, progress) -> int:
     """Warm up and run, alternating who goes first; returns the graphs compiled after warm-up."""
     new_tokens = point.workload.new_tokens
     for each in contestants:
@@ -73,6 +72,7 @@ def _time(point: Point, contestants: list[Contestant], prompt: Prompt, progress)
             each.time_whole(prompt, new_tokens)
         for each in order:
             each.time_first(prompt)
+        ceiling.measure()
     return counters["stats"]["unique_graphs"] - graphs
 
 

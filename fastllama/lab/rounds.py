@@ -92,7 +92,7 @@ class Stable:
         """A lane on a model of its own. Raises `MemoryError` before any work if it cannot fit."""
         case = self.case
         work = Workload(rows, length, 1)
-        switches = {"compile": case.compile}
+        switches = case.switches
         point = Point(case.model, case.dtype, str(self.device), work, True, switches, cache_length)
         if self.models:
             model = self._another()

@@ -80,13 +80,13 @@ def start(name: str, task: list, folder: Path) -> dict:
     return {**json.loads(line), "first_token_s": seconds}
 
 
-def _task(case: Case, model: str, device: str) -> list:
+def _task(case: Case, model: str, device: str, compile: str) -> list:
     point = case.point(device, model=model)
     found = checkpoint.find(model, point.torch_dtype)
     prompt = workload.prompt(Workload(1, _PROMPT, 1), checkpoint.tokenizer(found))
     # The folder and not the name: with another user cache the model would be built anew.
     dtype = str(point.torch_dtype).removeprefix("torch.")
-    return [os.path.abspath(found.place), dtype, str(torch.device(device)), case.compile, prompt.input_ids[0].tolist()]
+    return [os.path.abspath(found.place), dtype, str(torch.device(device)), compile, prompt.input_ids[0].tolist()]
 
 
 def first_use(case: Case, device: str, small: str = "demo") -> Measured:
@@ -94,23 +94,30 @@ def first_use(case: Case, device: str, small: str = "demo") -> Measured:
 
     The case's model is compiled with an empty cache and again; then each way to start takes turns on warm caches.
     """
-    compiled, begun = _task(case, case.model, device), _task(case, small, device)
+    compiled = _task(case, case.model, device, "static")
+    native = "native" if torch.device(device).type == "cpu" else "static"
+    ways = {
+        "ours": ("ours", _task(case, small, device, native)),
+        "static": ("ours", _task(case, small, device, "static")),
+        "vanilla": ("vanilla", _task(case, small, device, "no")),
+    }
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         compiling = [start("ours", compiled, folder)["compile_s"] for _ in range(2)]
-        taken = {name: [start(name, begun, folder)] for name in ("ours", "vanilla")}
+        taken = {way: [start(*what, folder)] for way, what in ways.items()}
         for _ in range(_TURNS):
-            for name, starts in taken.items():
-                starts.append(start(name, begun, folder))
+            for way, starts in taken.items():
+                starts.append(start(*ways[way], folder))
     same = len({one["token"] for starts in taken.values() for one in starts}) == 1
     verdict = "exact" if same else "half" if case.dtype != "fp32" else "differs"
     # The first of each filled the caches.
-    seconds = {name: median(one["first_token_s"] for one in starts[1:]) for name, starts in taken.items()}
+    seconds = {way: median(one["first_token_s"] for one in starts[1:]) for way, starts in taken.items()}
     figures = {
         "compile_ratio": compiling[1] / compiling[0],
         "first_compile_s": compiling[0],
         "second_compile_s": compiling[1],
         "first_token_ratio": seconds["ours"] / seconds["vanilla"],
+        "static_first_token_ratio": seconds["static"] / seconds["vanilla"],
         "first_token_s": seconds["ours"],
         "vanilla_first_token_s": seconds["vanilla"],
     }
