@@ -422,3 +422,8 @@ def test_missing_tensors_are_not_invented(tmp_path, tiny):
     found = checkpoint.find(str(tmp_path / "holed"), torch.float32)
     with pytest.raises(ValueError, match=r"lacks 1 tensors, the first is model\.norm\.weight"):
         checkpoint.load(found, fastllama.LlamaForCausalLM, torch.float32, CPU)
+
+
+def test_transformers_own_model_has_no_native_step(tiny):
+    with pytest.raises(ValueError, match="--compile native needs --preallocate"):
+        a_point(tiny, preallocate=False, switches={"compile": "native"})

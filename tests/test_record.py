@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import fastllama
 from fastllama.lab import board, changes, figures, record, schema, sources, words
 from fastllama.lab import git as lab_git
 from tests.fake_records import COMMIT, commit, fake_record, git, make_repository, make_tree, point, runs
@@ -451,3 +452,8 @@ def test_tensorboard_reads_the_records_figures(tmp_path):
         for tag, value in tags.items():
             [scalar] = events.Scalars(tag)
             assert scalar.step == number and scalar.value == pytest.approx(value, rel=1e-6)
+
+
+def test_every_way_to_compile_can_be_recorded():
+    for mode in fastllama.FastConfig.__dataclass_fields__["compile"].metadata["allowed"].split(", "):
+        assert mode.split(" ")[0] in schema.COMPILES

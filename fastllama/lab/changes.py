@@ -20,8 +20,8 @@ it again and compares.
 - *x vanilla*: decode tok/s over that of transformers' own class, timed in turns in the same run. `~` behind it: in
   some run it was on the other side of 1, so nothing is claimed.
 - *of ceiling*: bytes that a token must read x tokens per second, as a share of the read bandwidth measured in the
-  same run. 100 % is as fast as the memory allows. Up to record 036 the best of torch's reductions told the bandwidth;
-  from 037 on our one-row product is among what reads, and the median over the runs counts, so the ceiling is higher.
+  same run. 100 % is as fast as the memory allows. Up to record 040 the best of torch's reductions told the bandwidth;
+  from 041 on our one-row product is among what reads, and the median over the runs counts.
 - *max MB*: peak memory of a fresh process (CPU: anonymous memory, and the weights that stay mapped from the
   checkpoint's file; accelerator: allocated).
 - *hash*: sha256 over the new ids, 8 digits. *parity*: `exact`, ids equal to vanilla's; `tie`, equal up to a position

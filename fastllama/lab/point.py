@@ -39,6 +39,8 @@ class Point:
         if self.preallocate:
             self._config()
         else:
+            if self.switches.get("compile") == "native":
+                raise ValueError("--compile native needs --preallocate: the native step is ours")
             given = sorted(self.switches.keys() - {"compile"}) + ["cache_length"] * (self.cache_length is not None)
             if given:
                 flags = ", ".join(_flag(name) for name in given)

@@ -12,7 +12,7 @@ from fastllama.lab import figures
 
 SCHEMA = 1
 DTYPES = ("fp32", "bf16", "fp16")
-COMPILES = ("no", "static", "dynamic", "fullgraph")
+COMPILES = ("no", "static", "dynamic", "fullgraph", "native")
 PARITIES = ("exact", "tie", "half", "differs", "reference")
 
 _HASH = re.compile(r"[0-9a-f]{8}")
