@@ -53,13 +53,6 @@ def tiny(tmp_path_factory):
     return write_tiny(tmp_path_factory.mktemp("models") / "tiny")
 
 
-@pytest.fixture
-def light(monkeypatch):
-    """No child processes, and a ceiling of a megabyte."""
-    monkeypatch.setattr(memory, "peaks", lambda point, name: memory.Peaks(10.0, 20.0, 0.5, 1.0))
-    monkeypatch.setattr(measure, "Ceiling", lambda device: ceiling.Ceiling(device, 2**20))
-
-
 def a_point(model, **changes):
     values = {
         "dtype": "fp32",

@@ -8,6 +8,7 @@ import torch
 from fastllama import demo
 from fastllama.demo.text import held_out_text
 from fastllama.kernels import native
+from fastllama.kernels.linear import can_pack
 from fastllama.lab.parity import compare, top_margin
 from tests.pairwise import pairwise
 from tests.tiny import GREEDY, SAMPLED, generate, pair, prompt
@@ -44,42 +45,67 @@ def assert_parity(vanilla, inputs: dict, ours_ids, reference_ids, greedy: bool) 
     assert verdict == "tie", f"ids differ where vanilla was sure: {divergence}"
 
 
-def check(case: dict, compile: str) -> None:
+def check(case: dict, compile: str, products: str = "auto") -> None:
     vanilla, ours = pair(case["kv_heads"], case["rope"], tie_word_embeddings=case["tied"])
     inputs = prompt(case["batch"])
     width = inputs["input_ids"].shape[1]
     length = width + NEW - 1 if case["cache"] == "exact" else 600
-    ours.preallocate(inputs["input_ids"].shape[0], length, compile=compile)
+    ours.preallocate(inputs["input_ids"].shape[0], length, compile=compile, products=products)
     for decoding in (GREEDY, SAMPLED):
         expected = generate(vanilla, inputs, max_new_tokens=NEW, **decoding)
         found = generate(ours, inputs, max_new_tokens=NEW, **decoding)
         how = "native step" if compile == "native" else f"{compile} compile"
         assert ours.path.startswith(f"preallocated, {how}")
+        assert products == "auto" or f" {products}" in ours.path.split("products:")[1]
         assert_parity(vanilla, inputs, found, expected, greedy=decoding is GREEDY)
         assert len(set(found[0, width:].tolist())) >= 10, "degenerate output proves nothing"
 
 
+# Named one by one: "auto" takes what a clock found fastest, so that nobody could say what was tested.
+PRODUCTS = ["stock", "native", "packed"]
+
+
+def require(products: str) -> None:
+    if products == "native" and native.load() is not None:
+        pytest.skip(native.load())
+    if products == "packed" and not can_pack(torch.zeros(4, 4)):
+        pytest.skip("this torch packs nothing")
+
+
+def split(case: dict) -> tuple[dict, str]:
+    require(case["products"])
+    return {factor: value for factor, value in case.items() if factor != "products"}, case["products"]
+
+
 @pytest.mark.parametrize("case", FULL, ids=name)
 def test_eager_product(case):
-    check(case, "no")
+    check(case, "no", "stock")
+
+
+@pytest.mark.parametrize("case", pairwise(FACTORS | {"products": PRODUCTS[1:]}), ids=name)
+def test_eager_pairwise(case):
+    case, products = split(case)
+    check(case, "no", products)
 
 
 @pytest.mark.parametrize("case", [case for case in FULL if case["rope"] != "dynamic"], ids=name)
 def test_native_product(case):
-    if native.load() is not None:
-        pytest.skip(native.load())
+    require("native")
     check(case, "native")
 
 
-@pytest.mark.parametrize("case", pairwise(FACTORS), ids=name)
+@pytest.mark.parametrize("case", pairwise(FACTORS | {"products": PRODUCTS}), ids=name)
 def test_compiled_pairwise(case):
-    check(case, "static")
+    case, products = split(case)
+    check(case, "static", products)
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("products", PRODUCTS)
 @pytest.mark.parametrize("case", FULL, ids=name)
-def test_compiled_product(case):
-    check(case, "static")
+def test_compiled_product(case, products):
+    require(products)
+    check(case, "static", products)
 
 
 @pytest.mark.parametrize("rope", ["yarn", "longrope"])

@@ -3,6 +3,9 @@
 Legend: x [..., K], W [N, K], b [N].
 """
 
+import os
+import platform
+import shutil
 import subprocess
 import sys
 
@@ -227,3 +230,12 @@ def test_the_norm_is_the_parents_bit_for_bit(rows, width, dtype, scale):
     theirs.weight.data = numbers(width, dtype=dtype, seed=4)
     x = numbers(rows, 2, width, seed=5).mul(scale).to(dtype)
     assert torch.equal(Norm(theirs.weight, theirs.variance_epsilon)(x), theirs(x))
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64" or not shutil.which(os.environ.get("CXX", "c++")),
+    reason="needs a C++ compiler on x86-64 Linux",
+)
+def test_the_library_is_built_where_a_compiler_is():
+    """The other tests of C++ pass over a library that was not built: without this one, a broken one would go unseen."""
+    assert native.load() is None

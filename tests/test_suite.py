@@ -8,10 +8,7 @@ import pytest
 
 from fastllama.lab import __main__ as lab_command
 from fastllama.lab import (
-    ceiling,
     curve,
-    measure,
-    memory,
     readme,
     record,
     rounds,
@@ -31,14 +28,6 @@ ASKED = (Bound("speed", ">=", 2), Bound("cost", "<=", 1.2))
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     return write_tiny(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture
-def light(monkeypatch):
-    """No child processes, and a ceiling of a megabyte."""
-    monkeypatch.setattr(memory, "peaks", lambda point, name: memory.Peaks(10.0, 20.0, 0.5, 1.0))
-    for module in (measure, rounds):
-        monkeypatch.setattr(module, "Ceiling", lambda device: ceiling.Ceiling(device, 2**20))
 
 
 def found(speed=3.0, cost=1.0, verdict="exact", dtype="fp32") -> Measured:

@@ -93,9 +93,10 @@ def test_what_may_not_be_packed_is_the_next_best(packs, monkeypatch):
     assert chooser("packed")(weight(), False) == "stock"
 
 
-def test_the_native_product_takes_few_rows(monkeypatch):
+def test_the_native_product_takes_few_rows():
     assert chooser("native", NATIVE_ROWS)(weight(), True) == "native"
-    assert chooser("native", NATIVE_ROWS + 1)(weight(), True) == "stock"
+    with pytest.raises(ValueError, match="products='native' cannot be honoured: 17 rows are more than the 16"):
+        chooser("native", NATIVE_ROWS + 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)

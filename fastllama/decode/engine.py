@@ -63,10 +63,10 @@ class Engine:
         nbytes = bytes_for(model, shape)
         held = self.cache.shape.nbytes if self.cache is not None else 0
         require(nbytes - held, shape.device, f"a cache of {batch_size} x {cache_length} positions")
-        chooser(model, config, batch_size)  # may refuse
         reason = obstacle(model, shape) if config.compile == "native" else None
         if reason is not None:
             raise ValueError(f"compile='native' cannot be honoured: {reason}")
+        chooser(model, config, batch_size)  # may refuse
         self.free()
         try:
             self._reserve(model, shape, config)

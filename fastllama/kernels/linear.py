@@ -49,7 +49,7 @@ class Stock(NamedTuple):
 
 
 class Native(NamedTuple):
-    """The C++ operator of native.cpp, for up to `NATIVE_ROWS` rows. The weight lies as it is."""
+    """The C++ operator of native_code, for up to `NATIVE_ROWS` rows. The weight lies as it is."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None

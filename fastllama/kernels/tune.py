@@ -36,6 +36,10 @@ class Chooser:
             raise ValueError(f"products='native' cannot be honoured: {native.load() if on_cpu else 'it is for CPUs'}")
         if wanted == "native" and weight.dtype not in NATIVE_DTYPES:
             raise ValueError(f"products='native' cannot be honoured: it has no {weight.dtype}")
+        if wanted == "native" and rows > NATIVE_ROWS:
+            raise ValueError(
+                f"products='native' cannot be honoured: {rows} rows are more than the {NATIVE_ROWS} it is for"
+            )
         if wanted == "packed" and not can_pack(weight):
             raise ValueError(
                 f"products='packed' cannot be honoured: this torch packs no {weight.dtype} on {weight.device.type}"

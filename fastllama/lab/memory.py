@@ -23,6 +23,7 @@ import torch
 from fastllama.lab import checkpoint, contestant, workload
 from fastllama.lab.fault import sentence
 from fastllama.lab.point import Point
+from fastllama.model.released import is_released
 
 _POLL_S = 0.002
 _FAULTS = {cls.__name__: cls for cls in (ValueError, OSError, MemoryError, RuntimeError)}
@@ -109,7 +110,10 @@ def mapped_bytes(model: torch.nn.Module) -> int | None:
     # address range, permissions, offset, device, inode, path: an inode of 0 is memory without a file
     regions = [fields[0].split("-") for fields in map(str.split, lines) if fields[4] != "0"]
     ranges = [(int(start, 16), int(end, 16)) for start, end in regions]
-    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in model.parameters() if tensor.device.type == "cpu"}
+    # Packed weights lie in no file; to ask for one would unpack them all.
+    modules = [module for module in model.modules() if not is_released(module)]
+    parameters = [tensor for module in modules for tensor in module.parameters(recurse=False)]
+    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in parameters if tensor.device.type == "cpu"}
     return sum(nbytes for at, nbytes in tensors.items() if any(start <= at < end for start, end in ranges))
 
 

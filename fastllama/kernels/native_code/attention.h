@@ -35,7 +35,7 @@ inline void ask_for(const T* first, int count) {
 template <typename T, int V>
 using Pairs = std::conditional_t<V * 16 % Lane<T>::kStep == 0, Lane<T>, Wide<T>>;
 
-// Scores of N query rows against `count` positions, 4 at a time; `keys` may be read up to the next multiple of 4.
+// Scores of N query rows against `count` positions, 4 at a time; the last key stands for those that are missing.
 template <typename T, int V, int N>
 inline void score(const typename Pairs<T, V>::Stored* query, const T* keys, int count, bool ask, float* scores) {
   using L = Pairs<T, V>;
