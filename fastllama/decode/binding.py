@@ -42,7 +42,7 @@ class Binding:
         choose = chooser(model, config, rows, nbytes)
         packing = Packing(self.in_use)
         try:
-            self.weights = gather(model, config.fuse, choose, packing)
+            self.weights = gather(model, config.fuse, choose, choose.attention, packing)
         except BaseException:
             packing.restore()
             raise

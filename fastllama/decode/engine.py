@@ -277,4 +277,6 @@ class Engine:
             how, attention = "native step", ""
         elif self.config.compile == "native":
             how = f"no compile (the native step is not possible: {self._native_obstacle})"
+        if self.weights.prompt_attention == "native":
+            attention += ", C++ prompt attention"
         return f"{kind}, {how}, {self.weights.words}{attention}"

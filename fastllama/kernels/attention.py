@@ -6,6 +6,8 @@ Legend: B batch, Q query tokens, S cache positions, N query heads, K kv heads, G
 import torch
 import torch.nn.functional as F
 
+NATIVE_HEAD_DIMS = (16, 32, 64, 96, 128)  # that native_code is built for
+
 
 def attend_causal(
     query_BQND: torch.Tensor, key_BQKD: torch.Tensor, value_BQKD: torch.Tensor, scale: float
@@ -16,6 +18,16 @@ def attend_causal(
         query, key, value, is_causal=query.shape[2] > 1, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
     )
     return out.transpose(1, 2).flatten(2)
+
+
+def attend_prompt(
+    query_BQND: torch.Tensor, key_BKSD: torch.Tensor, value_BKSD: torch.Tensor, past: int, scale: float
+) -> torch.Tensor:
+    """Causal attention of Q prompt tokens, in C++, to a cache that holds `past` tokens before them and then the prompt.
+
+    Needs `native.load()` and a head dim of `NATIVE_HEAD_DIMS`. Returns [B, Q, N D].
+    """
+    return torch.ops.fastllama_native.attend_prompt(query_BQND, key_BKSD, value_BKSD, past, scale)
 
 
 def attend_cache(

@@ -7,17 +7,20 @@ import contextlib
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from fastllama.kernels import native
+from fastllama.kernels.attention import NATIVE_HEAD_DIMS, attend_causal, attend_prompt
 from fastllama.kernels.linear import NATIVE_DTYPES, NATIVE_ROWS, Native, Packed, Stock, can_pack, hold, let_go, pack
 
 PRODUCTS = ("auto", "stock", "native", "packed")
 _PASSES = 5
 _SLICE = 32 * 2**20  # bytes of a weight that are timed
 _TOTAL = 128 * 2**20  # bytes that are walked through in turn: more than the caches hold
+_PROMPT = 256  # tokens of a prompt whose attention is timed
 _MARGIN = 1.05  # a packed weight is a copy that others cannot read: it has to be worth it
 
 
@@ -29,7 +32,7 @@ class Chooser:
     """
 
     def __init__(self, wanted: str, rows: int, model_bytes: int, weight: torch.Tensor):
-        self.wanted, self.rows, self.model_bytes = wanted, rows, model_bytes
+        self.wanted, self.rows, self.model_bytes, self.dtype = wanted, rows, model_bytes, weight.dtype
         on_cpu = weight.device.type == "cpu"
         self.native = on_cpu and wanted in ("auto", "native", "packed") and native.load() is None
         if wanted == "native" and not self.native:
@@ -56,21 +59,21 @@ class Chooser:
             return self.wanted if self.wanted in candidates else fallback
         return candidates[0] if len(candidates) == 1 else self._fastest(weight, candidates)
 
+    def attention(self, heads: int, kv_heads: int, dim: int) -> str:
+        """Which attention a prompt takes: "stock", which is torch's own, or "native"."""
+        if not self.native or self.dtype not in NATIVE_DTYPES or dim not in NATIVE_HEAD_DIMS:
+            return "stock"
+        if self.wanted == "native":
+            return "native"
+        candidates = ["stock", "native"]
+        sizes = f"attention of {heads} heads over {kv_heads} of {dim}"
+        times = _known((sizes,), self.dtype, candidates, lambda: _time_attention(heads, kv_heads, dim, self.dtype))
+        return min(candidates, key=times.__getitem__)
+
     def _fastest(self, weight: torch.Tensor, candidates: list[str]) -> str:
-        key = " ".join(
-            (
-                str(weight.dtype).removeprefix("torch."),
-                "x".join(map(str, weight.shape)),
-                f"rows {self.rows}",
-                f"threads {torch.get_num_threads()}",
-                f"of {min(self.model_bytes, _TOTAL) >> 20} MiB",
-                *candidates,
-            )
-        )
-        times = _read().get(key)
-        if not _are_times(times, candidates):
-            times = self._measure(weight, candidates)
-            _write({**_read(), key: times})
+        what = ("x".join(map(str, weight.shape)), f"rows {self.rows}")
+        what += (f"of {min(self.model_bytes, _TOTAL) >> 20} MiB",)
+        times = _known(what, weight.dtype, candidates, lambda: self._measure(weight, candidates))
         best = min(candidates, key=times.__getitem__)
         if best == "packed":
             loose = min((name for name in candidates if name != "packed"), key=times.__getitem__)
@@ -87,16 +90,53 @@ class Chooser:
         products = {"stock": [Stock(w, None) for w in plain], "native": [Native(w, None) for w in plain]}
         if "packed" in candidates:
             products["packed"] = [Packed(hold(pack(w)), None, out) for w in plain]
-        times = dict.fromkeys(candidates, float("inf"))
-        for _ in range(_PASSES):  # interleaved: a busy moment falls on all of them
-            for name in candidates:
-                start = time.perf_counter()
-                for product in products[name]:
-                    product(x)
-                times[name] = min(times[name], (time.perf_counter() - start) / copies * 1e6)
+
+        def walk(name: str) -> None:
+            for product in products[name]:
+                product(x)
+
+        times = {name: total / copies for name, total in _interleaved(candidates, walk).items()}
         for product in products.get("packed", ()):
             let_go(product.handle)
         return times
+
+
+def _interleaved(candidates: list[str], work: Callable[[str], None]) -> dict[str, float]:
+    """The least microseconds of `work` with each candidate; in turns, so that a busy moment falls on all of them."""
+    times = dict.fromkeys(candidates, float("inf"))
+    for _ in range(_PASSES):
+        for name in candidates:
+            start = time.perf_counter()
+            work(name)
+            times[name] = min(times[name], (time.perf_counter() - start) * 1e6)
+    return times
+
+
+def _time_attention(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> dict[str, float]:
+    """Microseconds that a prompt of `_PROMPT` tokens attends for, by formulation."""
+    query = torch.randn(1, _PROMPT, heads, dim).to(dtype)
+    key, value = (torch.randn(1, _PROMPT, kv_heads, dim).to(dtype) for _ in range(2))
+    stored = [x.transpose(1, 2).contiguous() for x in (key, value)]  # what a cache holds anyway
+
+    def attend(name: str) -> None:
+        if name == "native":
+            attend_prompt(query, *stored, 0, dim**-0.5)
+        else:
+            attend_causal(query, key, value, dim**-0.5)
+
+    return _interleaved(["stock", "native"], attend)
+
+
+def _known(
+    what: tuple[str, ...], dtype: torch.dtype, candidates: list[str], measure: Callable[[], dict[str, float]]
+) -> dict[str, float]:
+    """Microseconds by candidate: as an earlier measurement on this machine left them, or measured now."""
+    key = " ".join((str(dtype).removeprefix("torch."), *what, f"threads {torch.get_num_threads()}", *candidates))
+    times = _read().get(key)
+    if not _are_times(times, candidates):
+        times = measure()
+        _write({**_read(), key: times})
+    return times
 
 
 def _are_times(times, candidates: list[str]) -> bool:

@@ -6,7 +6,7 @@ Legend: B batch, Q query tokens, S cache positions, E hidden size, N query heads
 import torch
 
 from fastllama.cache.float_cache import FloatCache, mask_for, write_tokens
-from fastllama.kernels.attention import attend_cache, attend_causal
+from fastllama.kernels.attention import attend_cache, attend_causal, attend_prompt
 from fastllama.kernels.rope import rotate
 from fastllama.model.weights import Block, Fused, Weights
 
@@ -45,18 +45,21 @@ def prefill_chunk(
     """Runs Q prompt tokens that follow `past` cached ones, stores their keys and values; returns hidden [B, Q, E].
 
     Rows are padded on the right, so causality alone hides the padding: the first chunk needs no mask, and a later one
-    only [Q, past + Q].
+    only [Q, past + Q], which the C++ attention does without.
     """
     batch, tokens = hidden_BQE.shape[:2]
-    mask = None
-    if past:
+    native, mask = weights.prompt_attention == "native", None
+    if past and not native:
         seen = torch.ones(tokens, past + tokens, dtype=torch.bool, device=hidden_BQE.device).tril_(past)
         mask = torch.zeros(1, 1, tokens, past + tokens, dtype=hidden_BQE.dtype, device=hidden_BQE.device)
         mask.masked_fill_(~seen, float("-inf"))
     for index, block in enumerate(weights.blocks):
         query, key, value = _query_key_value(weights, block, hidden_BQE, cos_BQD, sin_BQD)
         cache.write_prompt(index, key, value, past)
-        if past:
+        if native:
+            keys, values = cache.keys[index], cache.values[index]
+            attended = attend_prompt(query, keys, values, past, weights.scale)
+        elif past:
             end = past + tokens
             keys, values = cache.keys[index][:batch, :, :end], cache.values[index][:batch, :, :end]
             attended = attend_cache(query, keys, values, mask, weights.scale)

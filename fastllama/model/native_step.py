@@ -7,12 +7,11 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from fastllama.cache.budget import CacheShape
 from fastllama.cache.float_cache import FloatCache
 from fastllama.kernels import native
+from fastllama.kernels.attention import NATIVE_HEAD_DIMS
 from fastllama.kernels.linear import NATIVE_ROWS
 from fastllama.model.rotary import RotaryTable, is_stateful
 from fastllama.model.sources import all_modules, is_plain
 from fastllama.model.weights import Weights
-
-_HEAD_DIMS = (16, 32, 64, 96, 128)
 
 
 def obstacle(model: nn.Module, shape: CacheShape) -> str | None:
@@ -25,8 +24,8 @@ def obstacle(model: nn.Module, shape: CacheShape) -> str | None:
         return f"{shape.batch_size} rows are more than the {NATIVE_ROWS} it is for"
     if is_stateful(model.model.rotary_emb):
         return f"rope_type {model.model.rotary_emb.rope_type!r} depends on the longest position"
-    if shape.head_dim not in _HEAD_DIMS:
-        return f"head_dim is {shape.head_dim} and not one of {', '.join(map(str, _HEAD_DIMS))}"
+    if shape.head_dim not in NATIVE_HEAD_DIMS:
+        return f"head_dim is {shape.head_dim} and not one of {', '.join(map(str, NATIVE_HEAD_DIMS))}"
     body, layers = model.model, model.model.layers
     activations = {layer.mlp.act_fn for layer in layers}
     if not all(type(activation).__name__ in ("SiLU", "SiLUActivation") for activation in activations):

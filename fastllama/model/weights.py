@@ -21,6 +21,8 @@ from fastllama.model.sources import is_plain
 Product = Stock | Native | Packed
 # Which formulation a weight takes: (weight, whether it may be packed) -> "stock", "native" or "packed".
 Choice = Callable[[torch.Tensor, bool], str]
+# Which a prompt's attention takes: (query heads, kv heads, head dim) -> "stock" or "native".
+AttentionChoice = Callable[[int, int, int], str]
 
 
 class Table(NamedTuple):
@@ -74,6 +76,7 @@ class Weights(NamedTuple):
     num_kv_heads: int
     head_dim: int
     scale: float
+    prompt_attention: str  # "native" or "stock"
     words: str
     plain: bool  # whether no module of an unknown kind takes part: then the weights' addresses say all about a step
 
@@ -153,7 +156,9 @@ def _norm(module: nn.Module) -> Norm | nn.Module:
     return Norm(module.weight, module.variance_epsilon) if is_plain(module, LlamaRMSNorm) else module
 
 
-def gather(model: nn.Module, fuse: str, choose: Choice, packing: Packing) -> Weights:
+def gather(
+    model: nn.Module, fuse: str, choose: Choice, choose_attention: AttentionChoice, packing: Packing
+) -> Weights:
     """Collects and fuses the weights of a transformers Llama. `fuse`: "all", "qkv" or "no"."""
     gatherer = _Gatherer(choose, packing)
     embedding, head = model.model.embed_tokens, model.lm_head
@@ -180,15 +185,17 @@ def gather(model: nn.Module, fuse: str, choose: Choice, packing: Packing) -> Wei
     attention = model.model.layers[0].self_attn
     opaque = gatherer.kinds["by module"] or isinstance(embed, nn.Module) or isinstance(norm, nn.Module)
     opaque = opaque or any(isinstance(x, nn.Module) for block in blocks for x in (block.input_norm, block.post_norm))
+    sizes = (model.config.num_attention_heads, model.config.num_key_value_heads, attention.head_dim)
     return Weights(
         embed=embed,
         blocks=tuple(blocks),
         norm=norm,
         lm_head=lm_head,
-        num_heads=model.config.num_attention_heads,
-        num_kv_heads=model.config.num_key_value_heads,
-        head_dim=attention.head_dim,
+        num_heads=sizes[0],
+        num_kv_heads=sizes[1],
+        head_dim=sizes[2],
         scale=attention.scaling,
+        prompt_attention=choose_attention(*sizes),
         words=gatherer.words(blocks),
         plain=not opaque,
     )

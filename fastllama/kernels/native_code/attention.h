@@ -25,6 +25,25 @@ struct Partial {
   float* mixed;  // [R, D]
 };
 
+// Calls work with V as a constant, for the head dims that are built.
+template <typename Work>
+void for_head_dim(int64_t D, const Work& work) {
+  switch (D) {
+    case 16: return work(std::integral_constant<int, 1>{});
+    case 32: return work(std::integral_constant<int, 2>{});
+    case 64: return work(std::integral_constant<int, 4>{});
+    case 96: return work(std::integral_constant<int, 6>{});
+    case 128: return work(std::integral_constant<int, 8>{});
+    default: TORCH_CHECK(false, "head dim ", D, " is not one of 16, 32, 64, 96, 128");
+  }
+}
+
+inline void clear(const Partial& out, int64_t R, int64_t D) {
+  std::fill(out.maximum, out.maximum + R, -std::numeric_limits<float>::max());
+  std::fill(out.total, out.total + R, 0.f);
+  std::fill(out.mixed, out.mixed + R * D, 0.f);
+}
+
 // Asks memory for numbers that the next block needs, a little at a time: so it never waits, and neither do we.
 template <typename T>
 inline void ask_for(const T* first, int count) {
@@ -41,7 +60,7 @@ inline void score(const typename Pairs<T, V>::Stored* query, const T* keys, int 
   using L = Pairs<T, V>;
   constexpr int D = V * 16;
   for (int p = 0; p < count; p += 4) {
-    f32x16 totals[4][4] = {};
+    f32x16 totals[N][4] = {};
     const T* four[4];
     for (int i = 0; i < 4; ++i) four[i] = keys + (int64_t)std::min(p + i, count - 1) * D;
     if (ask) ask_for(keys + (int64_t)(kBlock + p) * D, 4 * D);
@@ -57,13 +76,11 @@ inline void score(const typename Pairs<T, V>::Stored* query, const T* keys, int 
         for (int i = 0; i < 4; ++i) L::add(totals[r][i], key[i], row);
       }
     }
-    alignas(64) float sums[16] = {};
-    if constexpr (N == 4) {
-      add_sums16(totals[0], sums, 4);
-    } else {
-      for (int r = 0; r < N; ++r) add_sums4(totals[r], sums + 4 * r);
+    float sums[N][4] = {};
+    for (int r = 0; r < N; ++r) {
+      add_sums4(totals[r], sums[r]);
+      __builtin_memcpy(scores + r * kBlock + p, sums[r], 16);
     }
-    for (int r = 0; r < N; ++r) __builtin_memcpy(scores + r * kBlock + p, sums + 4 * r, 16);
   }
 }
 
@@ -86,30 +103,35 @@ inline f32x16 exp_of(f32x16 x) {
 #endif
 }
 
-// Turns a block of scores into weights against a running maximum and adds them to a running total; returns the factor
-// for what was mixed under the earlier maximum.
-inline float weigh(float* row, float scale, float& maximum, float& total) {
-  f32x16 scores[kBlock / 16];
-  float highest = maximum;
-#pragma GCC unroll 4
-  for (int i = 0; i < kBlock / 16; ++i) {
-    scores[i] = Wide<float>::stored(row + 16 * i);
-#if defined(__AVX512F__)
-    highest = std::max(highest, _mm512_reduce_max_ps((__m512)(scores[i] * scale)));
-#else
-    for (int lane = 0; lane < 16; ++lane) highest = std::max(highest, scores[i][lane] * scale);
-#endif
+// Turns a block of scores, of which the first `visible` count, into weights against the running maximum of row r and adds
+// them to its running total; returns the factor for what was mixed under the earlier maximum.
+inline float weigh(float* row, float scale, int64_t visible, const Partial& out, int r) {
+  if (visible <= 0) {
+    std::fill(row, row + kBlock, 0.f);
+    return 1;
   }
-  f32x16 sums = {};
+  if (visible < kBlock) std::fill(row + visible, row + kBlock, -std::numeric_limits<float>::max());
+  f32x16 scores[kBlock / 16], top = all(-std::numeric_limits<float>::max()), sums = {};
 #pragma GCC unroll 4
   for (int i = 0; i < kBlock / 16; ++i) {
-    const f32x16 weights = exp_of(scores[i] * scale - highest);
+    scores[i] = Wide<float>::stored(row + 16 * i) * scale;
+    top = scores[i] > top ? scores[i] : top;
+  }
+  float highest = out.maximum[r];
+#if defined(__AVX512F__)
+  highest = std::max(highest, _mm512_reduce_max_ps((__m512)top));
+#else
+  for (int lane = 0; lane < 16; ++lane) highest = std::max(highest, top[lane]);
+#endif
+#pragma GCC unroll 4
+  for (int i = 0; i < kBlock / 16; ++i) {
+    const f32x16 weights = exp_of(scores[i] - highest);
     sums += weights;
     __builtin_memcpy(row + 16 * i, &weights, 64);
   }
-  const float factor = std::exp(maximum - highest);
-  total = total * factor + sum(sums);
-  maximum = highest;
+  const float factor = highest == out.maximum[r] ? 1.f : std::exp(out.maximum[r] - highest);
+  out.total[r] = out.total[r] * factor + sum(sums);
+  out.maximum[r] = highest;
   return factor;
 }
 
@@ -143,99 +165,20 @@ inline void mix(const float* weights, const T* values, int count, bool ask, cons
   }
 }
 
-#if defined(__AVX512BF16__)
-// The same for pairs of positions in bf16: weights are rounded to it, sums are fp32. Within 8 numbers of a vector the
-// interleaving keeps the order, so totals are kept as (numbers 0 to 3, numbers 4 to 7 of each 8) and put right at the end.
-template <int V, int N>
-inline void mix_pairs(const float* weights, const at::BFloat16* values, int count, bool ask, const float* keep,
-                      float* mixed) {
-  constexpr int D = V * 16;
-  const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
-  const __m512i high = _mm512_setr_epi32(4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-  const __m512i second = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-  int pairs[N][kBlock / 2];
-  for (int r = 0; r < N; ++r)
-    for (int p = 0; p < kBlock; p += 32) {
-      const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(weights + r * kBlock + p + 16),
-                                                           _mm512_loadu_ps(weights + r * kBlock + p));
-      _mm512_storeu_si512(pairs[r] + p / 2, rounded);
-    }
-  for (int d = 0; d < D; d += 32) {
-    __m512 totals[N][2];
-#pragma GCC unroll 4
-    for (int r = 0; r < N; ++r) {
-      const __m512 a = _mm512_loadu_ps(mixed + r * D + d), b = _mm512_loadu_ps(mixed + r * D + d + 16);
-      totals[r][0] = _mm512_mul_ps(_mm512_permutex2var_ps(a, low, b), _mm512_set1_ps(keep[r]));
-      totals[r][1] = _mm512_mul_ps(_mm512_permutex2var_ps(a, high, b), _mm512_set1_ps(keep[r]));
-    }
-    for (int p = 0; p < count; p += 2) {
-      if (ask) {
-        ask_for(values + (int64_t)(kBlock + p) * D + d, 32);
-        ask_for(values + (int64_t)(kBlock + p + 1) * D + d, 32);
-      }
-      const __m512i even = _mm512_loadu_si512(values + (int64_t)p * D + d);
-      const __m512i odd = _mm512_loadu_si512(values + (int64_t)std::min(p + 1, count - 1) * D + d);
-      const __m512bh left = (__m512bh)_mm512_unpacklo_epi16(even, odd), right = (__m512bh)_mm512_unpackhi_epi16(even, odd);
-#pragma GCC unroll 4
-      for (int r = 0; r < N; ++r) {
-        const __m512bh weight = (__m512bh)_mm512_set1_epi32(pairs[r][p / 2]);
-        totals[r][0] = _mm512_dpbf16_ps(totals[r][0], left, weight);
-        totals[r][1] = _mm512_dpbf16_ps(totals[r][1], right, weight);
-      }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < N; ++r) {
-      _mm512_storeu_ps(mixed + r * D + d, _mm512_permutex2var_ps(totals[r][0], first, totals[r][1]));
-      _mm512_storeu_ps(mixed + r * D + d + 16, _mm512_permutex2var_ps(totals[r][0], second, totals[r][1]));
-    }
-  }
-}
-#endif
-
-// One kv head over positions begin .. end - 1. `seen[r]` positions are visible to row r; scores are times `scale`.
-template <typename T, int V>
+// One or two query rows of a kv head over positions begin .. end - 1. `seen[r]` positions are visible to row r; scores
+// are times `scale`.
+template <typename T, int V, int R>
 void attend(const typename Pairs<T, V>::Stored* query, float scale, const T* keys, const T* values, int64_t begin,
-            int64_t end, const int64_t* seen, int R, Partial out) {
+            int64_t end, const int64_t* seen, const Partial& out) {
   constexpr int D = V * 16;
-  std::fill(out.maximum, out.maximum + R, -std::numeric_limits<float>::max());
-  std::fill(out.total, out.total + R, 0.f);
-  std::fill(out.mixed, out.mixed + (int64_t)R * D, 0.f);
-  alignas(64) float scores[kRows * kBlock];
+  clear(out, R, D);
+  alignas(64) float scores[R * kBlock];
   for (int64_t s = begin; s < end; s += kBlock) {
     const int count = (int)std::min<int64_t>(kBlock, end - s);
-    for (int r0 = 0; r0 < R; r0 += kRows) {
-      const int rows = std::min(kRows, R - r0);
-      auto each = [&](auto n) {
-        constexpr int N = decltype(n)::value;
-        score<T, V, N>(query + (int64_t)r0 * D, keys + s * D, count, r0 == 0, scores);
-        float keep[N];
-        for (int r = 0; r < N; ++r) {
-          float* row = scores + r * kBlock;
-          const int visible = (int)std::clamp<int64_t>(seen[r0 + r] - s, 0, count);
-          keep[r] = 1;
-          if (visible == 0) {
-            std::fill(row, row + kBlock, 0.f);
-            continue;
-          }
-          std::fill(row + visible, row + kBlock, -std::numeric_limits<float>::max());
-          keep[r] = weigh(row, scale, out.maximum[r0 + r], out.total[r0 + r]);
-        }
-#if defined(__AVX512BF16__)
-        if constexpr (std::is_same_v<T, at::BFloat16> && V % 2 == 0) {
-          mix_pairs<V, N>(scores, values + s * D, count, r0 == 0, keep, out.mixed + r0 * D);
-          return;
-        }
-#endif
-        mix<T, V, N>(scores, values + s * D, count, r0 == 0, keep, out.mixed + r0 * D);
-      };
-      switch (rows) {
-        case 1: each(std::integral_constant<int, 1>{}); break;
-        case 2: each(std::integral_constant<int, 2>{}); break;
-        case 3: each(std::integral_constant<int, 3>{}); break;
-        default: each(std::integral_constant<int, 4>{}); break;
-      }
-    }
+    score<T, V, R>(query, keys + s * D, count, s + kBlock < end, scores);
+    float keep[R];
+    for (int r = 0; r < R; ++r) keep[r] = weigh(scores + r * kBlock, scale, std::min<int64_t>(count, seen[r] - s), out, r);
+    mix<T, V, R>(scores, values + s * D, count, s + kBlock < end, keep, out.mixed);
   }
 }
 

@@ -3,6 +3,7 @@
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
+#include "prompt.h"
 #include "step.h"
 
 namespace {
@@ -56,6 +57,28 @@ at::Tensor linear_rows(const at::Tensor& input, const at::Tensor& weight, const 
     T* y = out.mutable_data_ptr<T>();
     at::parallel_for(0, w.N, std::max<int64_t>(1, 16384 / (w.K * M)), [&](int64_t begin, int64_t end) {
       multiply(shared, w, begin, end, [&](int64_t m, int64_t n, float value) { y[m * w.N + n] = T(value); });
+    });
+  });
+  return out;
+}
+
+at::Tensor attend_prompt(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values, int64_t past,
+                         double scale) {
+  const int64_t B = query.size(0), Q = query.size(1), N = query.size(2), D = query.size(3), K = keys.size(1);
+  TORCH_CHECK(keys.dim() == 4 && keys.sizes() == values.sizes() && keys.size(0) >= B && keys.size(3) == D && N % K == 0 &&
+                  past >= 0 && keys.size(2) >= past + Q,
+              "attend_prompt: queries ", query.sizes(), " after ", past, " do not fit keys ", keys.sizes());
+  for (const auto& tensor : {query, keys, values})
+    TORCH_CHECK(tensor.scalar_type() == query.scalar_type() && tensor.stride(3) == 1, "attend_prompt: a tensor's layout");
+  TORCH_CHECK(keys.stride(2) == D && values.stride(2) == D, "attend_prompt: positions must lie one after the other");
+  at::Tensor out = at::empty({B, Q, N * D}, query.options().memory_format(at::MemoryFormat::Contiguous));
+  typed(query, [&](auto zero) {
+    using T = decltype(zero);
+    auto cached = [](const at::Tensor& x) { return Strided<const T>{data<T>(x), x.stride(0), x.stride(2), x.stride(1)}; };
+    const Strided<const T> asking{data<T>(query), query.stride(0), query.stride(1), query.stride(2)};
+    const Strided<T> result{out.mutable_data_ptr<T>(), Q * N * D, N * D, D};
+    for_head_dim(D, [&](auto v) {
+      attend_chunk<T, decltype(v)::value>(asking, cached(keys), cached(values), result, B, Q, N, K, past, (float)scale);
     });
   });
   return out;
@@ -134,10 +157,14 @@ class Step : public torch::CustomClassHolder {
 
 TORCH_LIBRARY(fastllama_native, library) {
   library.def("linear_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  library.def("attend_prompt(Tensor query, Tensor keys, Tensor values, int past, float scale) -> Tensor");
   library.class_<Step>("Step")
       .def(torch::init<std::vector<at::Tensor>, std::vector<std::optional<at::Tensor>>, std::vector<at::Tensor>,
                        at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor,
                        at::Tensor, std::vector<int64_t>, std::vector<double>>())
       .def("run", &Step::run);
 }
-TORCH_LIBRARY_IMPL(fastllama_native, CPU, library) { library.impl("linear_rows", &linear_rows); }
+TORCH_LIBRARY_IMPL(fastllama_native, CPU, library) {
+  library.impl("linear_rows", &linear_rows);
+  library.impl("attend_prompt", &attend_prompt);
+}

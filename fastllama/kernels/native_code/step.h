@@ -10,7 +10,7 @@
 #include <ATen/Parallel.h>
 #include <omp.h>
 
-#include "attention.h"
+#include "rows.h"
 
 namespace {
 
@@ -181,21 +181,22 @@ class Decoder {
       const T* keys = layer.keys + pair * sizes.positions * D;
       const T* values = layer.values + pair * sizes.positions * D;
       const int64_t* seen = seen_.data() + pair * R;
-      auto go = [&](auto v) {
+      for_head_dim(D, [&](auto v) {
         constexpr int V = decltype(v)::value;
-        const auto* query = [&] {
-          if constexpr (std::is_same_v<typename Pairs<T, V>::Stored, float>) return query_.data();
-          else return query_rounded_.data();
-        }() + pair * R * D;
-        attend<T, V>(query, sizes.scale, keys, values, begin, end, seen, (int)R, out);
-      };
-      switch (D / 16) {
-        case 1: go(std::integral_constant<int, 1>{}); break;
-        case 2: go(std::integral_constant<int, 2>{}); break;
-        case 4: go(std::integral_constant<int, 4>{}); break;
-        case 6: go(std::integral_constant<int, 6>{}); break;
-        default: go(std::integral_constant<int, 8>{}); break;
-      }
+        const int64_t first = pair * R * D;
+        auto few = [&](auto rows) {
+          const auto* query = [&] {
+            if constexpr (std::is_same_v<typename Pairs<T, V>::Stored, float>) return query_.data();
+            else return query_rounded_.data();
+          }();
+          attend<T, V, decltype(rows)::value>(query + first, sizes.scale, keys, values, begin, end, seen, out);
+        };
+        if (R == 1) return few(std::integral_constant<int, 1>{});
+        if (R == 2) return few(std::integral_constant<int, 2>{});
+        const float* units = query_.data() + first;
+        if constexpr (kNumbers<T, V> == 2) units = (const float*)(query_rounded_.data() + first);
+        attend_rows<T, V>(units, sizes.scale, keys, values, begin, end, seen, (int)R, out);
+      });
     }
 #pragma omp for
     for (int64_t task = 0; task < M * sizes.heads; ++task) {
