@@ -18,6 +18,16 @@ constexpr int kRows = 4;    // query rows in a tile
 
 inline f32x16 all(float value) { return f32x16{} + value; }
 
+inline bool any_above(f32x16 v, float bound) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(bound), _CMP_GT_OQ) != 0;
+#else
+  bool found = false;
+  for (int lane = 0; lane < 16; ++lane) found |= v[lane] > bound;
+  return found;
+#endif
+}
+
 // What a task leaves: for each of its rows a maximum, a sum of weights and a weighted sum of values [D].
 struct Partial {
   float* maximum;
@@ -40,7 +50,6 @@ void for_head_dim(int64_t D, const Work& work) {
 
 inline void clear(const Partial& out, int64_t R, int64_t D) {
   std::fill(out.maximum, out.maximum + R, -std::numeric_limits<float>::max());
-  std::fill(out.total, out.total + R, 0.f);
   std::fill(out.mixed, out.mixed + R * D, 0.f);
 }
 
@@ -103,35 +112,35 @@ inline f32x16 exp_of(f32x16 x) {
 #endif
 }
 
-// Turns a block of scores, of which the first `visible` count, into weights against the running maximum of row r and adds
-// them to its running total; returns the factor for what was mixed under the earlier maximum.
-inline float weigh(float* row, float scale, int64_t visible, const Partial& out, int r) {
+// Turns a block of scores, of which the first `visible` count, into weights against a running maximum, and adds them to
+// the lanes of a running total; returns the factor for what was mixed under the earlier maximum.
+inline float weigh(float* row, float scale, int64_t visible, float& maximum, f32x16& total) {
   if (visible <= 0) {
     std::fill(row, row + kBlock, 0.f);
     return 1;
   }
   if (visible < kBlock) std::fill(row + visible, row + kBlock, -std::numeric_limits<float>::max());
-  f32x16 scores[kBlock / 16], top = all(-std::numeric_limits<float>::max()), sums = {};
+  f32x16 scores[kBlock / 16], top = all(maximum);
 #pragma GCC unroll 4
   for (int i = 0; i < kBlock / 16; ++i) {
     scores[i] = Wide<float>::stored(row + 16 * i) * scale;
     top = scores[i] > top ? scores[i] : top;
   }
-  float highest = out.maximum[r];
-#if defined(__AVX512F__)
-  highest = std::max(highest, _mm512_reduce_max_ps((__m512)top));
-#else
-  for (int lane = 0; lane < 16; ++lane) highest = std::max(highest, top[lane]);
-#endif
+  float factor = 1;
+  // Taking the maximum across a vector is slow, and after the first blocks it seldom moves.
+  if (any_above(top, maximum)) {
+    float highest = top[0];
+    for (int lane = 1; lane < 16; ++lane) highest = std::max(highest, top[lane]);
+    factor = std::exp(maximum - highest);
+    total *= all(factor);
+    maximum = highest;
+  }
 #pragma GCC unroll 4
   for (int i = 0; i < kBlock / 16; ++i) {
-    const f32x16 weights = exp_of(scores[i] - highest);
-    sums += weights;
+    const f32x16 weights = exp_of(scores[i] - maximum);
+    total += weights;
     __builtin_memcpy(row + 16 * i, &weights, 64);
   }
-  const float factor = highest == out.maximum[r] ? 1.f : std::exp(out.maximum[r] - highest);
-  out.total[r] = out.total[r] * factor + sum(sums);
-  out.maximum[r] = highest;
   return factor;
 }
 
@@ -173,13 +182,16 @@ void attend(const typename Pairs<T, V>::Stored* query, float scale, const T* key
   constexpr int D = V * 16;
   clear(out, R, D);
   alignas(64) float scores[R * kBlock];
+  f32x16 totals[R] = {};
   for (int64_t s = begin; s < end; s += kBlock) {
     const int count = (int)std::min<int64_t>(kBlock, end - s);
     score<T, V, R>(query, keys + s * D, count, s + kBlock < end, scores);
     float keep[R];
-    for (int r = 0; r < R; ++r) keep[r] = weigh(scores + r * kBlock, scale, std::min<int64_t>(count, seen[r] - s), out, r);
+    for (int r = 0; r < R; ++r) 
+      keep[r] = weigh(scores + r * kBlock, scale, std::min<int64_t>(count, seen[r] - s), out.maximum[r], totals[r]);
     mix<T, V, R>(scores, values + s * D, count, s + kBlock < end, keep, out.mixed);
   }
+  for (int r = 0; r < R; ++r) out.total[r] = sum(totals[r]);
 }
 
 }  // namespace

@@ -62,11 +62,10 @@ inline void transpose16(const f32x16* rows, float* to, int64_t stride) {
 
 // Keys [count, D] as units [D / numbers, kBlock]; positions that are missing are zero.
 template <typename T, int V>
-inline void pack_keys(const T* keys, int count, bool ask, float* packed) {
+inline void pack_keys(const T* keys, int count, float* packed) {
   constexpr int D = V * 16, kUnits = D / kNumbers<T, V>;
   for (int p = 0; p < kBlock; p += 16) {
     if (p >= count) break;
-    if (ask) ask_for(keys + (int64_t)(kBlock + p) * D, 16 * D);
     for (int u = 0; u < kUnits; u += 16) {
       f32x16 rows[16];
 #pragma GCC unroll 16
@@ -83,13 +82,12 @@ inline void pack_keys(const T* keys, int count, bool ask, float* packed) {
 
 // Values [count, D] as units [count / numbers, D].
 template <typename T, int V>
-inline const float* pack_values(const T* values, int count, bool ask, float* packed) {
+inline const float* pack_values(const T* values, int count, float* packed) {
   constexpr int D = V * 16;
   if constexpr (std::is_same_v<T, float>) {
     return values;
   } else {
     for (int p = 0; p < count; p += kNumbers<T, V>) {
-      if (ask) ask_for(values + (int64_t)(kBlock + p) * D, kNumbers<T, V> * D);
       const T* from = values + (int64_t)p * D;
       float* to = packed + p / kNumbers<T, V> * D;
 #if defined(__AVX512BF16__)
@@ -118,21 +116,35 @@ inline const float* pack_values(const T* values, int count, bool ask, float* pac
   }
 }
 
+// What the next block needs is asked of memory a few lines at a time, between the products: asked for at once, it would
+// fill the queue of misses and everything would wait.
+struct Asking {
+  const char* next[2] = {};  // keys and values
+  int64_t lines = 0;         // of each
+  int64_t each = 0;          // at a time
+  void ask() {
+    for (int64_t i = 0; i < each && lines > 0; ++i, --lines)
+      for (auto& at : next) __builtin_prefetch(at), at += kLine;
+  }
+};
+
 // out[n * stride + 16 c ...] (+)= sum over units u of left[n * reach + u] and packed[u * width + 16 c ...].
 template <int Numbers, int N, int C>
 inline void products(const float* left, int reach, const float* packed, int width, int units, const float* keep, float* out,
-                     int stride) {
+                     int stride, Asking& asking) {
   f32x16 totals[N][C];
 #pragma GCC unroll 4
   for (int n = 0; n < N; ++n)
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c)
       totals[n][c] = keep ? Wide<float>::stored(out + n * stride + 16 * c) * all(keep[n]) : f32x16{};
-  for (int u = 0; u < units; ++u)
+  for (int u = 0; u < units; ++u) {
+    asking.ask();
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n)
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) add_unit<Numbers>(totals[n][c], packed + u * width + 16 * c, left + n * reach + u);
+  }
 #pragma GCC unroll 4
   for (int n = 0; n < N; ++n)
 #pragma GCC unroll 4
@@ -147,22 +159,27 @@ void attend_rows(const float* query, float scale, const T* keys, const T* values
   clear(out, R, D);
   alignas(64) thread_local float packed_keys[D * kBlock], packed_values[D * kBlock];
   alignas(64) float scores[kRows * kBlock];
+  thread_local std::vector<f32x16> totals;
+  totals.assign(R, f32x16{});
+  const int calls = (R + kRows - 1) / kRows * (kUnits + kBlock / kNumbers<T, V> * (V / kPart));
   for (int64_t s = begin; s < end; s += kBlock) {
     const int count = (int)std::min<int64_t>(kBlock, end - s);
-    const bool ask = s + kBlock < end;
-    pack_keys<T, V>(keys + s * D, count, ask, packed_keys);
-    const float* mixable = pack_values<T, V>(values + s * D, count, ask, packed_values);
+    pack_keys<T, V>(keys + s * D, count, packed_keys);
+    const float* mixable = pack_values<T, V>(values + s * D, count, packed_values);
+    Asking asking{{(const char*)(keys + (s + kBlock) * D), (const char*)(values + (s + kBlock) * D)}};
+    asking.lines = std::max<int64_t>(0, std::min<int64_t>(kBlock, end - s - kBlock)) * D * sizeof(T) / kLine;
+    asking.each = (asking.lines + calls - 1) / calls;
     for (int r0 = 0; r0 < R; r0 += kRows) {
       const int rows = std::min(kRows, R - r0);
       if (*std::max_element(seen + r0, seen + r0 + rows) <= s) continue;
       auto each = [&](auto n) {
         constexpr int N = decltype(n)::value;
         products<kNumbers<T, V>, N, kBlock / 16>(query + (int64_t)r0 * kUnits, kUnits, packed_keys, kBlock, kUnits, nullptr,
-                                                 scores, kBlock);
+                                                 scores, kBlock, asking);
         float keep[N];
         for (int r = 0; r < N; ++r) {
           const int64_t visible = std::min<int64_t>(count, seen[r0 + r] - s);
-          keep[r] = weigh(scores + r * kBlock, scale, visible, out, r0 + r);
+          keep[r] = weigh(scores + r * kBlock, scale, visible, out.maximum[r0 + r], totals[r0 + r]);
         }
         const float* weights = scores;
 #if defined(__AVX512BF16__)
@@ -176,7 +193,7 @@ void attend_rows(const float* query, float scale, const T* keys, const T* values
         for (int v = 0; v < V; v += kPart)
           products<kNumbers<T, V>, N, kPart>(weights, kBlock / kNumbers<T, V>, mixable + 16 * v, D,
                                              (count + kNumbers<T, V> - 1) / kNumbers<T, V>, keep,
-                                             out.mixed + (int64_t)r0 * D + 16 * v, D);
+                                             out.mixed + (int64_t)r0 * D + 16 * v, D, asking);
       };
       switch (rows) {
         case 1: each(std::integral_constant<int, 1>{}); break;
@@ -186,6 +203,7 @@ void attend_rows(const float* query, float scale, const T* keys, const T* values
       }
     }
   }
+  for (int r = 0; r < R; ++r) out.total[r] = sum(totals[r]);
 }
 
 }  // namespace
