@@ -56,8 +56,11 @@ def _test(first, second=None):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # samples that are all alike: p is 0, or NaN, seen to below
         if second is None:
-            ranks = first.shape[-1] >= _RANKS_FROM
-            return stats.wilcoxon(first, axis=-1) if ranks else stats.ttest_1samp(first, 0.0, axis=-1)
+            runs = first.shape[-1]
+            if runs < _RANKS_FROM:
+                return stats.ttest_1samp(first, 0.0, axis=-1)
+            # Left to itself scipy permutes for seconds where two samples are alike.
+            return stats.wilcoxon(first, axis=-1, method="exact" if runs <= 50 else "auto")
         if min(first.shape[-1], second.shape[-1]) >= _RANKS_FROM:
             return stats.mannwhitneyu(first, second, axis=-1)
         return stats.ttest_ind(first, second, axis=-1, equal_var=False)
