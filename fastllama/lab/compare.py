@@ -100,14 +100,22 @@ def _figures(points: list[dict]) -> list[str]:
     return [name for name in FIGURES if all(point[name] is not None for point in points)]
 
 
+def _times_vanilla(point: dict, figure: str) -> float:
+    if point["baseline"] is None:
+        return 1.0
+    return float(plain.median(statistics.ratios_to_vanilla(point, figure)))
+
+
 def _records(a: dict, b: dict) -> tuple[dict[str, Verdict], dict]:
     names = tuple(f"record {one['id']}" for one in (a, b))
     refuse(a, b, names)
     verdicts = {name: statistics.compare_points(b, a, name) for name in _figures([a, b])}
-    medians = {name: [one[name] for one in (a, b)] for name in verdicts}
-    how = "each record's ratio to the vanilla of its own run, since two runs drift"
-    if a["baseline"] is None or b["baseline"] is None:
-        how = "a record of vanilla itself counts as ratio 1 to vanilla; two such records are compared by their speeds"
+    if a["baseline"] is None and b["baseline"] is None:
+        how = "speeds of vanilla, which drift from run to run"
+        medians = {name: [one[name] for one in (a, b)] for name in verdicts}
+    else:
+        how = "speeds over that of the vanilla of the same run (x), since two runs drift; vanilla itself is 1"
+        medians = {name: [_times_vanilla(one, name) for one in (a, b)] for name in verdicts}
     about = {"kind": "records", "a": a["id"], "b": b["id"], "compared": how, "medians": medians}
     samples = {side: {"runs": one["runs"], "baseline": one["baseline"]} for side, one in (("a", a), ("b", b))}
     return verdicts, {**about, "samples": samples}
