@@ -168,8 +168,8 @@ def test_too_few_samples_say_nothing():
         one = rule([2.0], [1.0])
         assert (one.word, one.ratio, one.low, one.high, one.p) == (NO_DIFFERENCE, 2.0, 0.0, math.inf, 1.0)
         assert one.json()["high"] is None
-        with pytest.raises(ValueError, match="no sample"):
-            rule([], [])
+        none = rule([], [])
+        assert (none.word, none.runs, none.json()["ratio"]) == (NO_DIFFERENCE, 0, None) and math.isnan(none.ratio)
 
 
 # --- points
@@ -208,6 +208,19 @@ def test_a_run_without_decoding_leaves_its_pair_out():
     one["runs"][0]["total_s"] = one["runs"][0]["first_s"]
     assert len(statistics.ratios_to_vanilla(one)) == len(one["runs"]) - 1
     assert statistics.compare_with_vanilla(one).runs == len(one["runs"]) - 1
+
+
+def test_runs_that_are_no_pairs_are_refused_by_name():
+    one = fake_record()
+    del one["baseline"]["runs"][0]
+    with pytest.raises(ValueError, match=one["id"]):
+        statistics.compare_with_vanilla(one)
+
+
+def test_a_first_token_in_no_time_is_left_out():
+    one = point()
+    one["runs"][0]["first_s"] = 0.0
+    assert len(statistics.ratios_to_vanilla(one, "ttft_ms")) == len(one["runs"]) - 1
 
 
 def test_without_scipy_the_extra_is_named(monkeypatch):

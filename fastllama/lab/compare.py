@@ -96,8 +96,8 @@ def refuse(a: dict, b: dict, names: tuple[str, str]) -> None:
 
 
 def _figures(points: list[dict]) -> list[str]:
-    """Figures that every point has, the verdict's own first."""
-    return [name for name in FIGURES if all(point[name] is not None for point in points)]
+    """Figures that every point has, the verdict's own first; a first token in no time is none."""
+    return [name for name in FIGURES if all(point[name] for point in points)]
 
 
 def _times_vanilla(point: dict, figure: str) -> float:

@@ -26,7 +26,8 @@ class Verdict:
     """What samples say about a ratio of speeds, the first's over the second's.
 
     ratio: the median. low, high: its confidence interval at 95 %, all ratios that the test does not reject (0 and
-    infinity where there are too few samples to reject any). p: of a ratio of 1. runs: samples of the smaller side.
+    infinity where there are too few samples to reject any; the ratio is NaN where there is none). p: of a ratio of 1.
+    runs: samples of the smaller side.
     """
 
     word: str
@@ -37,8 +38,9 @@ class Verdict:
     runs: int
 
     def json(self) -> dict:
-        """As JSON holds it: no infinity."""
-        return {**vars(self), "high": self.high if math.isfinite(self.high) else None}
+        """As JSON holds it: null for infinity and NaN."""
+        finite = {name: None for name in ("ratio", "high") if not math.isfinite(getattr(self, name))}
+        return {**vars(self), **finite}
 
 
 def _scipy():
@@ -102,7 +104,7 @@ def _verdict(first, second=None) -> Verdict:
     second = None if second is None else np.asarray(second, dtype=float)
     runs = min(len(first), len(first) if second is None else len(second))
     if runs == 0:
-        raise ValueError("there is no sample to compare")
+        return Verdict(NO_DIFFERENCE, math.nan, 0.0, math.inf, 1.0, runs)
     ratio = math.exp(np.median(first) - (0.0 if second is None else np.median(second)))
     if runs == 1:
         return Verdict(NO_DIFFERENCE, ratio, 0.0, math.inf, 1.0, runs)
@@ -131,13 +133,21 @@ def _speeds(runs: list[dict], point: dict, figure: str) -> list[float]:
     sizes = point["batch_size"], point["new_tokens"]
     values = [figures.samples([run], *sizes)[figure] for run in runs]
     speeds = np.array([value[0] if value else math.nan for value in values])
-    return 1 / speeds if figure.endswith("_ms") else speeds
+    with np.errstate(divide="ignore"):  # a first token in no time has no speed, and is left out as infinite
+        return 1 / speeds if figure.endswith("_ms") else speeds
 
 
 def ratios_to_vanilla(point: dict, figure: str = "decode_tok_per_s") -> np.ndarray:
-    """Speed over that of the vanilla timed next to it, one per run that has both."""
-    ratios = _speeds(point["runs"], point, figure) / _speeds(point["baseline"]["runs"], point, figure)
-    return ratios[np.isfinite(ratios)]
+    """Speed over that of the vanilla timed next to it, one per run that has both.
+
+    ValueError if the runs of the two do not stand side by side.
+    """
+    ours, vanilla = (_speeds(runs, point, figure) for runs in (point["runs"], point["baseline"]["runs"]))
+    if len(ours) != len(vanilla):
+        name = f"record {point['id']}" if "id" in point else "the point"
+        raise ValueError(f"{name} holds {len(ours)} runs but {len(vanilla)} of its baseline, so they are no pairs")
+    both = np.isfinite(ours) & np.isfinite(vanilla)
+    return ours[both] / vanilla[both]
 
 
 def compare_with_vanilla(point: dict, figure: str = "decode_tok_per_s") -> Verdict:
