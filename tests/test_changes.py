@@ -86,8 +86,9 @@ def test_rows_are_grouped_and_vanilla_leads(tmp_path):
     assert row[6:11] == ["1.50", "50 %", "400.0", "`0d6aa042`", "exact"]
 
 
-def test_a_gain_within_the_spread_is_no_claim():
+def test_a_gain_that_the_rule_does_not_find_is_no_claim():
     before = fake_record(1, speed=40.0, spread=0.05)
+    assert changes.gain(fake_record(2, speed=44.0, spread=0.05), before) == "~"
     assert changes.gain(fake_record(2, speed=42.0, spread=0.05), before) == "~"
     assert changes.gain(fake_record(2, speed=42.0, spread=0.01), fake_record(1, speed=40.0)) == "+5.0 %"
     assert changes.gain(fake_record(2, speed=36.0, spread=0.01), fake_record(1, speed=40.0)) == "-10.0 %"
@@ -107,10 +108,34 @@ def test_a_switch_that_was_tried_is_compared_with_its_commits_own_row(tmp_path):
     assert gains == ["-", "+50.0 %", "+20.0 %", "-50.0 %"]
 
 
-def test_a_speed_up_within_the_spread_is_marked():
+def test_a_speed_up_that_the_rule_does_not_find_is_marked():
     assert changes.times_vanilla(fake_record(speed=22.0, spread=0.1)) == "1.10 ~"
     assert changes.times_vanilla(fake_record(speed=22.0, spread=0.01)) == "1.10"
     assert changes.times_vanilla(fake_record(vanilla=None)) == "1.00"
+
+
+def test_rows_and_compare_say_the_same(tmp_path, lab):
+    rows = [
+        fake_record(1, speed=40.0),
+        fake_record(2, speed=44.0, commit=OTHER),
+        fake_record(3, speed=40.2, commit=OTHER),
+    ]
+    stored(tmp_path, *rows)
+    for one, before in ((rows[1], rows[0]), (rows[2], rows[0])):
+        said = lab("compare", before["id"], one["id"])[1]
+        assert ("is faster than" in said) == (changes.gain(one, before) != "~")
+
+
+def test_without_scipy_the_log_is_not_rendered_and_the_record_is_kept(tmp_path, monkeypatch):
+    make_repository(tmp_path)
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(ValueError, match=r"kept as .*001-.*record\.json.*pip install") as fault:
+        record.save(point(), "first", root=tmp_path)
+    assert len(record.read_all(tmp_path)) == 1 and "\n" not in str(fault.value)
+    assert not (tmp_path / changes.NAME).exists()
+    monkeypatch.undo()
+    changes.write(record.read_all(tmp_path), tmp_path)
+    assert "first" in (tmp_path / changes.NAME).read_text()
 
 
 def test_predictions_stand_beside_the_row(tmp_path):
@@ -194,7 +219,7 @@ def test_a_switchs_effect_needs_a_pair_that_differs_in_it_alone():
     assert "002-0123456 beside 001-0123456" in readme.effect("compile", "no", [plain, compiled(2, 50.0)])
     assert "-25.0 %" in readme.effect("compile", "no", [compiled(1, 30.0), fake_record(2, speed=40.0)])
     within = readme.effect("compile", "no", [plain, compiled(2, 40.1)])
-    assert "no difference beyond the spread" in within and "%" not in within
+    assert "no difference" in within and "%" not in within
     of_vanilla = [fake_record(1), fake_record(2, speed=50.0, switches={"compile": "static"})]
     for one in of_vanilla:
         one["switches"]["preallocate"] = False

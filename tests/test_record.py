@@ -181,11 +181,6 @@ def test_figures_follow_their_definitions():
     assert figures.summary(samples, 3, 1)["decode_tok_per_s"] is None
 
 
-def test_overlapping_spreads_make_no_claim():
-    assert figures.overlap((1, 2), (2, 3)) and figures.overlap((1, 4), (2, 3)) and figures.overlap(None, (1, 2))
-    assert not figures.overlap((1, 2), (2.1, 3)) and not figures.overlap((4, 5), (1, 2))
-
-
 # --- saving
 
 

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from fastllama.lab import board, changes, curve, plot, readme, record, suite_file, words
+from fastllama.lab import board, changes, compare, curve, plot, readme, record, suite_file, words
 from fastllama.lab.sources import ROOT
 
 
@@ -23,6 +23,8 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("text", help="what you expect")
 
     commands.add_parser("board", help="write TensorBoard's event files from the records")
+
+    compare.arguments(commands)
 
     drawing = commands.add_parser("plot", help="draw the log, a sweep or the ceiling").add_subparsers(
         dest="kind", required=True
@@ -64,6 +66,8 @@ def _run(arguments) -> int:
             raise FileNotFoundError(f"there is no file {arguments.file}")
         print(plot.sweep(record.read_jsonl(arguments.file), arguments.output))
         return 0
+    if arguments.command == "compare":
+        return compare.run(arguments)
     records = record.read_all(arguments.root)
     if arguments.command in ("changes", "readme"):
         return _render(arguments, records)
@@ -81,7 +85,9 @@ def _run(arguments) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, 1 where --check finds a difference, 2 (and one sentence) on bad input."""
+    argv, switches = compare.split(sys.argv[1:] if argv is None else argv)
     arguments = _parser().parse_args(argv)
+    arguments.switches = switches
     try:
         return _run(arguments)
     except (ValueError, OSError) as error:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fastllama.lab import figures, words
+from fastllama.lab import figures, statistics, words
 from fastllama.lab.sources import ROOT
 
 NAME = "changes.md"
@@ -17,8 +17,8 @@ it again and compares.
 
 - *tok/s*: batch size x new tokens / t_N, seconds of the whole call. *decode tok/s*: batch size x (new tokens - 1) /
   (t_N - t_1), from two calls of generate. Both are medians over the runs; (smallest..largest sample) follows.
-- *x vanilla*: decode tok/s over that of transformers' own class, timed in turns in the same run. `~` behind it: in
-  some run it was on the other side of 1, so nothing is claimed.
+- *x vanilla*: decode tok/s over that of transformers' own class, timed in turns in the same run. `~` behind it: the
+  rule below finds no difference, so nothing is claimed.
 - *of ceiling*: bytes that a token must read x tokens per second, as a share of the read bandwidth measured in the
   same run. 100 % is as fast as the memory allows. Up to record 040 the best of torch's reductions told the bandwidth;
   from 041 on our one-row product is among what reads, and the median over the runs counts.
@@ -28,9 +28,11 @@ it again and compares.
   where vanilla's two best logits are closer than 1e-4; `half`, fp16 or bf16, where equality is reported and not
   promised; `differs`; `reference`, vanilla itself.
 - *gain*: of "x vanilla" on the row before; for a further row of one commit (a switch that was tried), on the first
-  row of that commit. The machine drifts between rows, and vanilla drifts with it, so the ratio is compared and not
-  tok/s. `~`: the runs' ratios of the two rows overlap, so nothing is claimed. Each row is a process of its own, and
-  processes of one commit differ as well: rows "measured again" show by how much, and a smaller gain means little.
+  row of that commit. The machine drifts between rows, and vanilla drifts with it, so the runs' ratios to vanilla are
+  compared and not tok/s; the figure is that of their medians. `~`: no difference by the rule below. Each row is a
+  process of its own, and processes of one commit differ as well: rows "measured again" show by how much.
+- *the rule*: of `python -m fastllama.lab compare`, with p < 0.05, on the logarithms of the runs' ratios: a t-test
+  where there are fewer than six runs, which is where ranks say nothing, and a rank test from there on.
 
 **How to add a row.** Commit the change, then measure it with one command:
 
@@ -84,20 +86,19 @@ def table(heads: list[str], rows: list[list[str]], right: tuple[str, ...] = ()) 
 
 
 def gain(record: dict, before: dict | None) -> str:
-    """Gain of "x vanilla" on another row in percent; "~" where their spreads overlap, a dash where there is none."""
+    """Gain of "x vanilla" on another row in percent; "~" where the rule finds none, a dash where there is no row."""
     if before is None or not record["decode_speedup"] or not before["decode_speedup"]:
         return "-"
-    if figures.overlap(figures.ratio_spread(record), figures.ratio_spread(before)):
-        return "~"
-    return f"{100 * (record['decode_speedup'] / before['decode_speedup'] - 1):+.1f} %"
+    verdict = statistics.compare_points(record, before)
+    return "~" if verdict.word == statistics.NO_DIFFERENCE else f"{100 * (verdict.ratio - 1):+.1f} %"
 
 
 def times_vanilla(record: dict) -> str:
-    """Decode speed over that of the vanilla in the same run, with "~" where some run was on the other side of 1."""
+    """Decode speed over that of the vanilla in the same run, with "~" where the rule finds no difference."""
     ratio = number(record["decode_speedup"], 2)
     if record["baseline"] is None or record["decode_speedup"] is None:
         return ratio
-    return f"{ratio} ~" if figures.overlap(figures.ratio_spread(record), (1.0, 1.0)) else ratio
+    return f"{ratio} ~" if statistics.compare_with_vanilla(record).word == statistics.NO_DIFFERENCE else ratio
 
 
 def own_rows(records: list[dict]) -> list[dict]:

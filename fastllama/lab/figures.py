@@ -39,26 +39,6 @@ def spread(point: dict, name: str = "decode_tok_per_s", baseline: bool = False) 
     return (min(values), max(values)) if values else None
 
 
-def overlap(first: tuple[float, float] | None, second: tuple[float, float] | None) -> bool:
-    """True if two spreads share a value, so that no difference may be claimed; also if either is unknown."""
-    return first is None or second is None or (first[0] <= second[1] and second[0] <= first[1])
-
-
-def ratio_spread(point: dict) -> tuple[float, float] | None:
-    """Smallest and largest ratio of decode speed to vanilla's, each run against the vanilla timed next to it.
-
-    What drifts between runs or from day to day (a busy neighbour, a warm processor) is in both and falls out.
-    (1, 1) for vanilla itself; None without samples.
-    """
-    if point["baseline"] is None:
-        return (1.0, 1.0)
-    sizes = point["batch_size"], point["new_tokens"]
-    pairs = zip(point["runs"], point["baseline"]["runs"], strict=True)
-    decode = [[samples([run], *sizes)["decode_tok_per_s"] for run in pair] for pair in pairs]
-    ratios = [ours[0] / vanilla[0] for ours, vanilla in decode if ours and vanilla]
-    return (min(ratios), max(ratios)) if ratios else None
-
-
 def workload(point: dict) -> tuple:
     """What was asked of which model: (model, dtype, batch_size, prompt_length, new_tokens)."""
     return tuple(point[name] for name in ("model", "dtype", "batch_size", "prompt_length", "new_tokens"))

@@ -3,7 +3,11 @@
 import functools
 import hashlib
 import os
+import shutil
 import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fastllama.lab import sources
@@ -32,6 +36,33 @@ def head(root: Path) -> str:
     if out is None:
         raise ValueError(f"git names no commit for {root}; commit first, then record")
     return out.decode().strip()
+
+
+def commit_of(root: Path, name: str) -> str | None:
+    """The full sha that a commit's, branch's or tag's name stands for; None if it stands for no commit."""
+    if not is_repository(root) or name.startswith("-"):
+        return None
+    out = _git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
+    return None if out is None else out.decode().split()[-1]
+
+
+@contextmanager
+def worktrees(root: Path, commits: list[str]) -> Iterator[list[Path]]:
+    """A work tree per commit in a temporary folder, and none left behind, whatever happens inside."""
+    with tempfile.TemporaryDirectory(prefix="fastllama-", ignore_cleanup_errors=True) as folder:
+        paths = [Path(folder) / f"{index}-{commit[:7]}" for index, commit in enumerate(commits)]
+        try:
+            for path, commit in zip(paths, commits, strict=True):
+                # Somebody's hook on checkout is not part of what is measured.
+                hooks = ("-c", f"core.hooksPath={os.devnull}")
+                if _git(root, *hooks, "worktree", "add", "--quiet", "--detach", str(path), commit) is None:
+                    raise ValueError(f"git could not make a work tree of commit {commit[:7]}")
+            yield paths
+        finally:
+            for path in paths:
+                _git(root, "worktree", "remove", "--force", "--force", str(path))
+            shutil.rmtree(folder, ignore_errors=True)
+            _git(root, "worktree", "prune")
 
 
 def has_commit(root: Path, commit: str) -> bool:

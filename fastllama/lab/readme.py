@@ -37,7 +37,7 @@ def _same_but(name: str, first: dict, second: dict) -> bool:
 
 
 def _change(gain: str) -> str:
-    return "no difference beyond the spread" if gain == "~" else f"{gain} decode speed"
+    return "no difference" if gain == "~" else f"{gain} decode speed"
 
 
 def _where(record: dict) -> str:

@@ -59,7 +59,8 @@ def save(point: dict, what: str, prediction: str | None = None, commit: str | No
 
     Also renders changes.md and writes the record's TensorBoard scalars. Without `prediction`, the one that
     tb_logs/predictions.json holds for the same `what` is taken. Raises ValueError as check_recordable does,
-    on a point that does not follow the schema, or when another record in tb_logs cannot be trusted.
+    on a point that does not follow the schema; and, with the record kept, when changes.md cannot be rendered: another
+    record in tb_logs cannot be trusted, or scipy is missing.
     """
     root = Path(root)
     commit = check_recordable(commit, root)
@@ -90,7 +91,10 @@ def save(point: dict, what: str, prediction: str | None = None, commit: str | No
             folder.rmdir()
         raise
     board.write(read(path), folder)
-    _render(root)
+    try:
+        _render(root)
+    except ValueError as fault:
+        raise ValueError(f"the record is kept as {path}, but {changes.NAME} is not rendered: {fault}") from None
     return path
 
 
