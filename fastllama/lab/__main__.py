@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from fastllama.lab import board, changes, curve, plot, readme, record, suite_file, words
+from fastllama.lab import board, changes, curve, plot, points_file, readme, record, suite_file, words
 from fastllama.lab.sources import ROOT
 
 
@@ -62,7 +62,7 @@ def _run(arguments) -> int:
     if arguments.command == "plot" and arguments.kind == "sweep":
         if not arguments.file.exists():
             raise FileNotFoundError(f"there is no file {arguments.file}")
-        print(plot.sweep(record.read_jsonl(arguments.file), arguments.output))
+        print(plot.sweep(points_file.read_measured(arguments.file), arguments.output))
         return 0
     records = record.read_all(arguments.root)
     if arguments.command in ("changes", "readme"):

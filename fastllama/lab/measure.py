@@ -1,6 +1,7 @@
 """Measure a point: vanilla and ours interleaved in one process, on the same weights and the same prompts."""
 
 import gc
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 
@@ -12,9 +13,8 @@ from fastllama.lab.ceiling import Ceiling, step_bytes
 from fastllama.lab.contestant import Contestant
 from fastllama.lab.environment import environment
 from fastllama.lab.figures import summary
-from fastllama.lab.parity import Divergence, compare, output_hash, top_margin, worst
+from fastllama.lab.parity import Divergence, compare, output_hash, worst
 from fastllama.lab.point import Point
-from fastllama.lab.vanilla import eos_ids
 from fastllama.lab.workload import Prompt
 
 SCHEMA = 1
@@ -94,12 +94,7 @@ def _parity(point: Point, subject: Contestant, reference: Contestant, prompt: Pr
     reference_BN = next(iter(reference.outputs.values()))
 
     def margin(row: int, position: int) -> float:
-        real = prompt.input_ids[row, -prompt.lengths[row] :]
-        tokens = torch.cat([real, reference_BN[row, :position]])[None].to(reference.model.device)
-        with torch.no_grad():
-            logits = reference.model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits[0, -1]
-        # As many new tokens as asked for were made, so the end of the text was never allowed.
-        return top_margin(logits, eos_ids(reference.model))
+        return reference.margin(prompt, row, reference_BN[row, :position])
 
     judged = {}
     for name, ids_BN in subject.outputs.items():
@@ -117,6 +112,10 @@ def _figures(point: Point, each: Contestant) -> dict:
         "warmup_s": each.warmup_s,
         "runs": each.runs,
     }
+
+
+def _divergence(found: Divergence) -> dict:
+    return {**asdict(found), "margin": found.margin if math.isfinite(found.margin) else None}
 
 
 def _ratio(above: float | None, below: float | None) -> float | None:
@@ -144,7 +143,7 @@ def _record(point: Point, contestants, prompt: Prompt, tokenizer, recompiles: in
         "hash": name,
         "reference_hash": reference_hash,
         "parity": "reference" if baseline is None else verdict,
-        "first_divergence": asdict(divergence) if isinstance(divergence, Divergence) else None,
+        "first_divergence": None if divergence is None else _divergence(divergence),
         "recompiles_after_warmup": recompiles,
         "baseline": baseline,
         "speedup": ours["tok_per_s"] / against["tok_per_s"],

@@ -63,6 +63,11 @@ def _anonymous_bytes(pid: int) -> int:
         return 0
 
 
+def own_bytes() -> int:
+    """Anonymous memory of this process now (resident memory where the system does not tell)."""
+    return _anonymous_bytes(os.getpid())
+
+
 def peaks(point: Point, name: str) -> Peaks:
     """Peaks of contestant `name` loading and generating once, alone in a new process.
 
