@@ -2,7 +2,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=8", "hypothesis>=6.100", "gguf>=0.10", "peft>=0.17", "matplotlib>=3.8", "ruff>=0.9"]
+TEST = ["pytest>=8", "hypothesis>=6.100", "gguf>=0.10", "peft>=0.17", "matplotlib>=3.8", "scipy>=1.13", "ruff>=0.9"]
 
 setup(
     name="fastllama",
@@ -26,6 +26,7 @@ setup(
     extras_require={
         "test": TEST,
         "plot": ["matplotlib>=3.8"],
+        "compare": ["scipy>=1.13"],
         "peft": ["peft>=0.17"],
     },
 )
