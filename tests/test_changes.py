@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from fastllama.lab import __main__ as command_line
-from fastllama.lab import changes, plot, readme, record, sources, suite, words
+from fastllama.lab import changes, plot, points_file, readme, record, sources, suite, words
 from tests.fake_records import COMMIT, fake_record, make_repository, point
 
 OTHER = "fedcba9876543210fedcba9876543210fedcba98"

@@ -81,7 +81,9 @@ def test_the_workload_is_named_with_its_sampler():
     greedy, drawn = fake_records.point(), fake_records.point(sampler=DRAWN.arguments)
     assert figures.workload(greedy) == figures.workload(fake_records.point(sampler=Sampler().arguments))
     assert figures.workload(greedy) != figures.workload(drawn)
-    assert figures.workload_name(drawn).endswith(", 200 new tokens, do_sample True, temperature 0.8, top_k 40, top_p 0.95")
+    assert figures.workload_name(drawn).endswith(
+        ", 200 new tokens, do_sample True, temperature 0.8, top_k 40, top_p 0.95"
+    )
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def _state(entry: dict | None, retry_failed: bool, room: peak.Fit) -> str:
 
 
 def table(plan: Plan, file: Path | None, retry_failed: bool = False) -> Group:
-    """The points by name. file: where a resumed sweep finds what it has. Nothing is built, and no weights are loaded."""
+    """The points by name. file: where a resumed sweep finds what it has. Nothing is built or loaded."""
     setting, held = sweep.Setting.of(plan.points), sweep.known(file)
     dtypes: dict[str, set[str]] = {}
     for point in plan.points:

@@ -19,7 +19,9 @@ class Sampler:
         1.0, "a draw is among the fewest likeliest tokens with this probability together", "a number above 0, up to 1"
     )
     min_p: float | None = _option(
-        None, "a draw is among tokens with this share of the likeliest one's probability", "None or a number from 0 to 1"
+        None,
+        "a draw is among tokens with this share of the likeliest one's probability",
+        "None or a number from 0 to 1",
     )
     typical_p: float = _option(
         1.0, "a draw is among the most typical tokens with this probability together", "a number above 0, up to 1"
@@ -27,11 +29,11 @@ class Sampler:
     epsilon_cutoff: float = _option(
         0.0, "a draw is among tokens with at least this probability", "a number from 0 to below 1"
     )
-    eta_cutoff: float = _option(
-        0.0, "the same, with a bound that falls with the entropy", "a number from 0 to below 1"
-    )
+    eta_cutoff: float = _option(0.0, "the same, with a bound that falls with the entropy", "a number from 0 to below 1")
     repetition_penalty: float = _option(
-        1.0, "logits of tokens that the text already has are divided by this (if negative, multiplied)", "a number above 0"
+        1.0,
+        "logits of tokens that the text already has are divided by this (if negative, multiplied)",
+        "a number above 0",
     )
     no_repeat_ngram_size: int = _option(
         0, "so many tokens in a row occur only once in the text; 0: no such rule", "an integer >= 0"
