@@ -22,7 +22,8 @@ FIXED = {"dtype": "fp32", "device": "cpu"}
 
 
 def make(*sweeps, **given):
-    return plan.make({**FIXED, **given}, list(sweeps), DEFAULTS, runs=1, warmup=0)
+    given = {name: value for name, value in {**FIXED, **given}.items() if value is not None}
+    return plan.make(given, list(sweeps), DEFAULTS, runs=1, warmup=0)
 
 
 def names(made) -> list[str]:
@@ -179,9 +180,7 @@ def test_what_does_not_go_together_is_left_out_with_the_reason():
 )
 def test_what_is_refused_before_any_work(sweeps, given, words):
     with pytest.raises((ValueError, OSError)) as error:
-        plan.make(
-            {name: value for name, value in {**FIXED, **given}.items() if value is not None}, sweeps, DEFAULTS, 1, 0
-        )
+        make(*sweeps, **given)
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
@@ -224,14 +223,25 @@ def test_stored_values_come_back_by_option():
 
 # a model's configuration, without building it
 
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "tie_word_embeddings",
+    "max_position_embeddings",
+)
+
 
 def test_the_outline_of_a_built_model_is_its_configuration(monkeypatch):
     monkeypatch.setattr(demo.names, "publish", lambda *given: pytest.fail("built"))
     for name in SHAPES:
         inflated = checkpoint.outline(f"inflated:{name}", torch.float32).config
         built = InflatedBody(demo.names.demo_folder("target"), SHAPES[name], torch.float32).config()
-        for field in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads", "head_dim",
-                      "vocab_size", "tie_word_embeddings", "max_position_embeddings", "num_attention_heads"):  # fmt: skip
+        for field in _SIZES:
             assert getattr(inflated, field) == getattr(built, field), (name, field)
         assert checkpoint.outline(f"random:{name}", torch.float32).parameter_count == SHAPES[name].parameters
     given = json.loads((demo.names.demo_folder("target") / "config.json").read_text())

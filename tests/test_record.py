@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastllama
-from fastllama.lab import board, changes, figures, record, schema, sources, words
+from fastllama.lab import board, changes, figures, points_file, record, schema, sources, words
 from fastllama.lab import git as lab_git
 from tests.fake_records import COMMIT, commit, fake_record, git, make_repository, make_tree, point, runs
 
@@ -157,7 +157,7 @@ def made_folder() -> str:
 def test_no_file_raises_anything_but_value_error(tmp_path, content):
     path = tmp_path / "record.json"
     path.write_bytes(content)
-    for read in (record.read, record.read_jsonl):
+    for read in (record.read, points_file.read):
         try:
             read(path)
         except ValueError as error:
@@ -390,45 +390,6 @@ def test_predictions_are_not_rewritten(tmp_path):
     with pytest.raises(ValueError, match="needs words"):
         words.predict(" ", "x", tmp_path)
     assert words.predictions(tmp_path) == {"fused": "a tenth faster"}
-
-
-# --- lines of points
-
-
-def test_points_come_back_from_lines(tmp_path):
-    path = tmp_path / "sweep.jsonl"
-    assert record.read_jsonl(path) == []
-    for size in (1, 2):
-        record.append_jsonl(path, point(batch_size=size))
-    assert record.read_jsonl(path) == [point(batch_size=1), point(batch_size=2)]
-
-
-def test_a_line_cut_short_is_measured_again(tmp_path):
-    path = tmp_path / "sweep.jsonl"
-    record.append_jsonl(path, point(batch_size=1))
-    with open(path, "a") as file:
-        file.write(json.dumps(point(batch_size=2))[:100])
-    assert record.read_jsonl(path) == [point(batch_size=1)]
-    record.append_jsonl(path, point(batch_size=2))
-    assert [made["batch_size"] for made in record.read_jsonl(path)] == [1, 2]
-
-
-def test_a_whole_last_line_without_its_end_is_kept(tmp_path):
-    path = tmp_path / "sweep.jsonl"
-    path.write_text(json.dumps(point(batch_size=1)))
-    record.append_jsonl(path, point(batch_size=2))
-    assert [made["batch_size"] for made in record.read_jsonl(path)] == [1, 2]
-
-
-def test_a_bad_line_is_named(tmp_path):
-    path = tmp_path / "sweep.jsonl"
-    good = json.dumps(point())
-    for bad in ("{", json.dumps(point(tok_per_s=1.0)), "7"):
-        path.write_text(f"{good}\n{bad}\n{good}\n")
-        with pytest.raises(ValueError, match=r"sweep\.jsonl line 2: "):
-            record.read_jsonl(path)
-    with pytest.raises(ValueError, match="sweep"):
-        record.append_jsonl(path, point(max_mem_mb=float("nan")))
 
 
 # --- TensorBoard
