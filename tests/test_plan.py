@@ -149,7 +149,7 @@ def test_a_file_says_what_is_swept_and_what_is_fixed(tmp_path):
 
 
 def test_what_is_swept_is_no_part_of_the_rest_of_a_files_name():
-    assert make("dtype=fp32,bf16").file_name == "dtype-demo-cpu-vanilla-no.jsonl"
+    assert make("dtype=fp32,bf16", dtype=None).file_name == "dtype-demo-cpu-vanilla-no.jsonl"
 
 
 def test_what_does_not_go_together_is_left_out_with_the_reason():
