@@ -249,11 +249,15 @@ def test_a_dry_run_names_the_points_and_loads_nothing(tiny, monkeypatch, capsys,
         monkeypatch.setattr(module, name, lambda *given: pytest.fail("worked"))
     assert run(*argv, "--json", file, "--dry-run") == 0
     out = capsys.readouterr().out
-    rows = {row.split()[0]: row for row in out.splitlines() if "batch_size=" in row and "│" in row.replace("┃", "│")}
-    text = " ".join(rows.values())
-    assert "batch_size=1,cache_length=none" in text and "batch_size=3,cache_length=9" in text
+    rows = [[cell.strip() for cell in row.strip("│").split("│")] for row in out.splitlines() if row.startswith("│")]
+    assert {name: state for name, state, *_ in rows} == {
+        "batch_size=1,cache_length=none": "to do",
+        "batch_size=2,cache_length=none": "measured",
+        "batch_size=3,cache_length=none": "to do",
+        **{f"batch_size={size},cache_length=9": "left out" for size in (1, 2, 3)},
+    }
+    assert "ours " in rows[0][3] and "vanilla " in rows[0][3] and rows[0][2].endswith(" s")
     assert "2 of 3 points to measure, about" in " ".join(out.split())
-    assert "measured" in out and "to do" in out and "ours" in out and "vanilla" in out
     assert "left out: batch_size=1,cache_length=9: a cache of 9 positions is too short" in " ".join(out.split())
     assert not run_llama.LOGS.exists()
 
