@@ -203,7 +203,7 @@ def _run(options: argparse.Namespace) -> int:
         entries = sweep.run(plan, file=file, begin=begin, show=show, say=_say, **how)
     if len(points) > 1:
         console.print(sweep_table.summary(plan, entries))
-    return 2 if any(entry.get("status") == "failed" for entry in entries) else 0
+    return sweep.exit_code(entries)
 
 
 def _say(text: str) -> None:

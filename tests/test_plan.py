@@ -1,6 +1,7 @@
 """Options and plans: what may be swept, what a word means, the names of points, and what is refused before any work."""
 
 import json
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -202,7 +203,14 @@ def test_a_wrong_file_is_one_sentence_with_its_name(tmp_path, text, words):
     assert words in str(error.value)
 
 
-def test_toml_is_read_on_every_python():
+def test_toml_is_read_without_pythons_own_reader(tmp_path, monkeypatch):
+    pytest.importorskip("tomli")
+    monkeypatch.setitem(sys.modules, "tomllib", None)  # as on Python 3.10
+    (tmp_path / "sweep.toml").write_text("batch_size = [1, 2]\n")
+    assert names(make(str(tmp_path / "sweep.toml"))) == ["batch_size=1", "batch_size=2"]
+
+
+def test_python_3_10_gets_a_reader_of_toml():
     text = (Path(run_llama.__file__).parent / "setup.py").read_text()
     assert "\"tomli>=2; python_version < '3.11'\"" in text
 

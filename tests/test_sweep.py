@@ -128,6 +128,9 @@ def test_a_point_that_cannot_fit_is_skipped_with_the_figures(tiny, broken, monke
     err = capsys.readouterr().err
     assert "skipped: cache_length=20000000: batch 1 and 20000000 positions are predicted to need" in err
     assert "1.0 GB are free on cpu" in err
+    assert run(*argv[:-1], "cache_length=20000000,30000000") == 2  # nothing was measured
+    assert len(begun) == 1
+    file.write_text("\n".join(file.read_text().splitlines()[:2]) + "\n")
     # Judged again each time, and not written again.
     assert run(*argv) == 0 and len(begun) == 1 and len(lines(file)) == 2
     free["bytes"] = 10**12
@@ -135,6 +138,14 @@ def test_a_point_that_cannot_fit_is_skipped_with_the_figures(tiny, broken, monke
     with pytest.raises(pytest.fail.Exception):
         run(*argv)
     assert begun[-1].cache_length == 20_000_000
+
+
+def test_a_sweep_of_one_point_keeps_its_failure_and_no_path(tiny, broken):
+    broken[0].append(ValueError(f"the checkpoint {tiny} lacks 1 tensors"))
+    assert run("--model", tiny, *SMALL, "--sweep", "batch_size=2") == 2
+    (file,) = run_llama.LOGS.glob("sweeps/*.jsonl")
+    (failed,) = points_file.read(file)
+    assert failed["reason"] == "the checkpoint tiny lacks 1 tensors" and str(tiny) not in file.read_text()
 
 
 def test_a_single_point_that_cannot_fit_is_an_error(tiny, broken, monkeypatch, capsys):

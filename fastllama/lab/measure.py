@@ -45,7 +45,7 @@ def measure(point: Point, progress: Callable[[str], None] = lambda doing: None) 
         progress("comparing")
         record = _record(point, contestants, prompt, tokenizer, recompiles, ceiling.gb_per_s)
     finally:
-        _release(point, contestants)
+        release(point, contestants)
     # Last, since two copies of the weights at once might not fit, and since these processes would leave
     # compiled code on the disk, so that compile_s would never be what a first run takes.
     for name, measured in zip(point.contestants, (record, record["baseline"]), strict=False):
@@ -76,7 +76,8 @@ def _time(point: Point, contestants: list[Contestant], prompt: Prompt, ceiling: 
     return counters["stats"]["unique_graphs"] - graphs
 
 
-def _release(point: Point, contestants: list[Contestant]) -> None:
+def release(point: Point, contestants: list[Contestant]) -> None:
+    """Give back what a point took, so that the next one starts as this one did."""
     for each in contestants:
         if each.name == "ours":
             each.model.free()

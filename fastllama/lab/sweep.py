@@ -76,8 +76,8 @@ def run(
 
     Each is appended to `file` before it is shown and before the next point starts. With `resume`, a point that the
     file holds is taken from there (see `is_done`). A point that cannot fit in memory is skipped and one that fails
-    is kept with the reason; both are reported with `say`, and the next one starts. If there is but one, its error
-    is raised.
+    is kept with the reason; both are reported with `say`, and the next one starts. If nothing is varied,
+    the one point's error is raised.
     """
     setting = Setting.of(plan.points)
     held = known(file) if resume else {}
@@ -90,7 +90,7 @@ def run(
             say(f"already in {file}: {each.name}" + _failed(old))
             entries.append(old)
             continue
-        entry = _one(each, setting, begin, alone=len(plan.planned) == 1)
+        entry = _one(each, setting, begin, alone=not plan.axes)
         # A point that is skipped as before is in the file already.
         if file is not None and not (old is not None and entry.get("status") == old.get("status") == "skipped"):
             points_file.append(file, entry)
@@ -102,6 +102,12 @@ def run(
     return entries
 
 
+def exit_code(entries: list[dict]) -> int:
+    """2 if a point failed, or if none was measured; what was skipped beside others was foreseen, and is no error."""
+    statuses = {entry.get("status") for entry in entries}
+    return 2 if "failed" in statuses or statuses == {"skipped"} else 0
+
+
 def _failed(entry: dict) -> str:
     return "" if points_file.is_measured(entry) else f" (failed: {entry['reason']}; --retry-failed tries again)"
 
@@ -111,17 +117,20 @@ def _one(each: Planned, setting: Setting, begin: Callable[[str], None], alone: b
     point = each.point
     try:
         room = fit(point)
-        if not room.fits:
-            if alone:
-                raise MemoryError(f"{point.model_name} cannot run: {room}")
-            return _skipped(point, setting, room)
-        entry = measure.measure(point, begin)
+        if room.fits:
+            entry = measure.measure(point, begin)
+            entry.setdefault("source_sha256", setting.source_sha256)
+            return entry
+        if alone:
+            raise MemoryError(f"{point.model_name} cannot run: {room}")
+        return _skipped(point, setting, room)
     except Exception as fault:
         # Whatever ends one point must not end those after it.
         if alone:
             raise
-        return _unmeasured(point, setting, "failed", _reason(fault))
-    entry.setdefault("source_sha256", setting.source_sha256)
+        # A folder's path is this machine's business, as in Point.
+        entry = _unmeasured(point, setting, "failed", _reason(fault).replace(point.model, point.model_name))
+    measure.release(point, [])  # what the failure's frames held is free only now
     return entry
 
 
