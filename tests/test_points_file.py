@@ -1,7 +1,6 @@
 """Files of points: what comes back, what an interruption leaves, and what is refused."""
 
 import json
-import multiprocessing
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -151,20 +150,21 @@ def test_no_malformed_entry_raises_anything_but_value_error(tmp_path, name, valu
         assert str(path) in str(error)
 
 
-def _append_many(path, first, barrier):
-    barrier.wait(60)
-    for number in range(first, first + 20):
-        points_file.append(path, point(batch_size=number))
-
-
-def test_two_processes_that_append_at_once_lose_nothing(tmp_path):
-    pytest.importorskip("fcntl")
+def test_a_line_that_another_process_is_writing_is_waited_for(tmp_path, monkeypatch):
     path = tmp_path / "sweep.jsonl"
-    context = multiprocessing.get_context("fork")
-    barrier = context.Barrier(2)
-    writers = [context.Process(target=_append_many, args=(path, first, barrier)) for first in (1, 101)]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join(60)
-    assert sorted(entry["batch_size"] for entry in points_file.read(path)) == [*range(1, 21), *range(101, 121)]
+    line = json.dumps(point(batch_size=1)) + "\n"
+    path.write_text(line[:100])
+
+    class Lock:
+        """The other process ends its line before it lets go of the file."""
+
+        LOCK_EX = 2
+
+        @staticmethod
+        def flock(file, how):
+            with open(path, "a") as other:
+                other.write(line[100:])
+
+    monkeypatch.setattr(points_file, "fcntl", Lock)
+    points_file.append(path, point(batch_size=2))
+    assert [entry["batch_size"] for entry in points_file.read(path)] == [1, 2]
