@@ -145,7 +145,7 @@ def test_what_is_saved_is_sealed_with_its_name(tmp_path):
 def test_a_point_edited_before_it_is_saved_is_refused(tmp_path):
     make_repository(tmp_path)
     made = current(point(source_sha256=record.source_sha256(tmp_path)))
-    with pytest.raises(ValueError, match="the measured point: .*digest"):
+    with pytest.raises(ValueError, match=r"the measured point: .*digest"):
         record.save({**made, "text_sample": "nicer"}, "first", root=tmp_path)
     assert not (tmp_path / "tb_logs").exists()
 

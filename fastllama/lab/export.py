@@ -16,12 +16,12 @@ def check_output(name: str, output: Path | None, sources: tuple[Path, ...] = ())
             raise ValueError("a database is not for a terminal: name a file for --format sqlite with --output FILE")
         return
     output = Path(output)
+    if any(output.resolve() == Path(source).resolve() for source in sources):
+        raise ValueError(f"{output} is what is read; name another file for the output")
     if output.is_dir():
         raise IsADirectoryError(f"{output} is a folder; --output names a file")
     if not output.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {output.parent} to write {output.name} in")
-    if any(output.resolve() == Path(source).resolve() for source in sources):
-        raise ValueError(f"{output} is what is read; name another file for the output")
 
 
 def write(points: list[dict], name: str, output: Path | None = None, table: str = "points") -> None:

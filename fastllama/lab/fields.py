@@ -148,8 +148,3 @@ def only_once(pairs: list[tuple]) -> dict:
         twice = next(key for key in names if names.count(key) > 1)
         raise ValueError(f"the key {show(twice)} stands there twice")
     return made
-
-
-def no_constant(constant: str):
-    """For json.loads: refuses NaN and infinity, which JSON does not have."""
-    raise ValueError(f"{constant} is not a number of JSON")

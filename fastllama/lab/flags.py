@@ -35,6 +35,9 @@ def _attribute(path: str) -> Callable:
     return read
 
 
+# torch.set_float32_matmul_precision("highest") writes the second of these, which means the first.
+_SAME = {"mkldnn.matmul.fp32_precision": ("none", "ieee")}
+
 # Flag: (how it is read, torch's default).
 _FLAGS = {
     "float32_matmul_precision": (torch.get_float32_matmul_precision, "highest"),
@@ -96,8 +99,12 @@ def _changed_in(config) -> Iterable[tuple[str, object, object]]:
     if is_default is None:
         return
     for name, entry in entries.items():
-        if not is_default(name):
-            yield name, getattr(config, name), getattr(entry, "default", None)
+        if is_default(name):
+            continue
+        value, default = getattr(config, name), getattr(entry, "default", None)
+        # What was patched and put back is no longer at its default to torch, though it is the same.
+        if value != default:
+            yield name, value, default
 
 
 def flags() -> dict[str, dict]:
@@ -108,7 +115,7 @@ def flags() -> dict[str, dict]:
             value = read()
         except (AttributeError, RuntimeError):
             continue  # this version of torch, or a build without the backend, has no such flag
-        if value != default:
+        if value not in _SAME.get(name, (default,)):
             found[name] = {"value": _plain(value), "default": default}
     for family, module in _CONFIGS.items():
         if module in sys.modules:

@@ -28,7 +28,7 @@ def _csv_cell(value):
 def to_csv(table: Table) -> str:
     """A header and a line per row; figures have all their digits, and null is an empty cell."""
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
+    writer = csv.writer(out)  # ends lines with CRLF, as RFC 4180 has it, so that either character in a cell is quoted
     writer.writerow(table.header)
     writer.writerows([_csv_cell(value) for value in row] for row in table.rows)
     return out.getvalue()
@@ -41,8 +41,8 @@ def to_json(tables: dict[str, Table]) -> str:
 
 
 def to_jsonl(table: Table) -> str:
-    """An object a line."""
-    return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in table.objects)
+    """An object a line, in ASCII, since some readers take other characters for ends of lines."""
+    return "".join(json.dumps(row, allow_nan=False) + "\n" for row in table.objects)
 
 
 def write_sqlite(tables: dict[str, Table], path: Path) -> None:
@@ -82,7 +82,7 @@ def _for_people(value, column: Column) -> str:
 
 
 def _shown(columns: list[Column], rows: list[list], title: str, markdown: bool) -> Group:
-    shown = RichTable(box=box.MARKDOWN if markdown else box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    shown = RichTable(box=box.MARKDOWN if markdown else box.SIMPLE_HEAD, padding=(0, 1) if markdown else (0, 1, 0, 0))
     for column in columns:
         right = column.kind in (int, float)
         shown.add_column(Text(column.name), justify="right" if right else "left", overflow="fold")

@@ -82,6 +82,8 @@ def check_derived(point: dict, tolerance: tuple[float, float] = _ROUNDED) -> Non
         fields.agree(field, stored, derived, *tolerance)
 
     baseline, sizes = point["baseline"], (point["batch_size"], point["new_tokens"])
+    if baseline is not None and len(baseline["runs"]) != len(point["runs"]):
+        raise ValueError(f"there are {len(point['runs'])} runs beside {len(baseline['runs'])} of the baseline")
     for prefix, part in (("", point), *([("baseline.", baseline)] if baseline else [])):
         derived = figures.summary(part["runs"], *sizes)
         for field in figures.DERIVED:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 
-from fastllama.lab import measure, record
+from fastllama.lab import digest, measure, record
 from fastllama.lab.fault import sentence
 from fastllama.lab.point import Point
 from fastllama.lab.workload import Workload
@@ -76,7 +76,7 @@ def run(
             say(f"error: {_words(point)}: {sentence(fault)}")
             failures += 1
             continue
-        measured_point["source_sha256"] = source_sha256
+        measured_point = digest.seal({**measured_point, "source_sha256": source_sha256})
         if file is not None:
             record.append_jsonl(file, measured_point)
         records.append(measured_point)

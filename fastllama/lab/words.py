@@ -26,8 +26,7 @@ def load_json(path: Path):
     FileNotFoundError if there is none.
     """
     try:
-        content = Path(path).read_bytes()
-        return json.loads(content, object_pairs_hook=fields.only_once, parse_constant=fields.no_constant)
+        return json.loads(Path(path).read_bytes(), object_pairs_hook=fields.only_once)
     except (ValueError, RecursionError) as fault:
         raise ValueError(f"{path}: not valid JSON: {fault}") from None
 
