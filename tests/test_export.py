@@ -169,6 +169,36 @@ def test_what_a_cell_cannot_hold_is_its_json(tmp_path):
     assert not list(tmp_path.glob("*big*"))
 
 
+def test_a_point_that_was_not_measured_has_a_row_without_figures(tmp_path):
+    names = (
+        "model",
+        "dtype",
+        "device",
+        "batch_size",
+        "prompt_length",
+        "new_tokens",
+        "cache_length",
+        "seed",
+        "switches",
+    )
+    failed = {name: SWEEP[-1][name] for name in (*names, "environment", "command")}
+    failed |= {"schema": 1, "status": "failed", "reason": "no memory", "batch_size": 64}
+    for name in ("csv", "sqlite", "json"):
+        *_, row = held(name, [*SWEEP, failed], tmp_path)
+        assert (row["status"], row["reason"], row["batch_size"]) == ("failed", "no memory", 64)
+        assert row["tok_per_s"] is row["vanilla_tok_per_s_max"] is None and row["runs"] == 0
+        assert {row["point"] for row in held(name, [*SWEEP, failed], tmp_path, "runs")} == set(range(1, 7))
+    rows = tables.of([*SWEEP, failed])["options"].objects
+    assert [(row["points"], row["tok_per_s"]) for row in rows if row["value"] == 64] == [(1, None)]
+    assert "no memory" in formats.to_markdown(tables.of([*SWEEP, failed]))
+
+
+def test_options_of_the_sampler_are_columns_and_compared():
+    drawn = [current(point(sampler={"temperature": value, "do_sample": True})) for value in (0.5, 1.0)]
+    assert [row["temperature"] for row in tables.of(drawn)["points"].objects] == [0.5, 1.0]
+    assert [row["option"] for row in tables.of(drawn)["options"].objects] == ["temperature", "temperature"]
+
+
 # --- per option
 
 

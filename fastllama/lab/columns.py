@@ -42,7 +42,8 @@ def _plain(group: str, kind: type, *names: str, under: str | None = None, prefix
 
 def _spread_of(name: str, end: int, baseline: bool = False) -> Callable:
     def value(point: dict):
-        if baseline and point["baseline"] is None:
+        part = point.get("baseline") if baseline else point
+        if part is None or "runs" not in part:
             return None
         ends = figures.spread(point, name, baseline)
         return None if ends is None else ends[end]
@@ -64,7 +65,7 @@ WORKLOAD = [
     *_plain("options", str, "model", "dtype", "device"),
     *_plain("options", int, "batch_size", "prompt_length", "new_tokens", "cache_length", "seed"),
 ]
-_RECORD = _plain("record", str, "id", "what", "prediction", "commit", "recorded_at", "source_sha256")
+_RECORD = _plain("record", str, "id", "what", "prediction", "commit", "recorded_at", "status", "reason")
 _MEASURED = [
     *_plain("speed", float, "speedup", "decode_speedup"),
     *_with_spread(),
@@ -74,7 +75,7 @@ _MEASURED = [
     *_plain("memory", float, "max_mem_mb", "max_reserved_mb", "mapped_weights_mb", digits=1),
     *_plain("memory", float, "max_mem_mb", "max_reserved_mb", under="baseline", prefix="vanilla_", digits=1),
     *_plain("time", float, "load_s", "compile_s", "warmup_s"),
-    Column("runs", int, "time", lambda point: len(point["runs"])),
+    Column("runs", int, "time", lambda point: len(point.get("runs", []))),
     *_plain("parity", str, "parity", "hash", "reference_hash", "prompt_hash"),
     *_plain("parity", int, "row", "position", under="first_divergence", prefix="divergence_"),
     *_plain("parity", float, "margin", under="first_divergence", prefix="divergence_", digits=6),
@@ -88,38 +89,41 @@ _MACHINE = [
     *_plain("machine", int, "cores", "threads", "interop_threads", under="environment"),
     *_plain("machine", str, "torch", "transformers", "python", "os", "compiler", under="environment"),
     *_plain("machine", str, "flags", "variables", under="environment"),
-    *_plain("machine", str, "command"),
+    *_plain("machine", str, "command", "source_sha256"),
     *_plain("machine", int, "schema"),
 ]
-_KINDS = {bool: bool, int: int, float: float}
 
 
-def switches(points: list[dict]) -> list[Column]:
-    """A column per switch: those of this version, then whatever else the points name."""
-    names = dict.fromkeys(["preallocate", *(field.name for field in fields(FastConfig))])
+def _chosen(points: list[dict], field: str, known: list[str]) -> list[Column]:
+    """A column per entry of an object of options: those that are known, then whatever else the points name."""
+    names = dict.fromkeys(known)
     for point in points:
-        names |= dict.fromkeys(point["switches"])
+        names |= dict.fromkeys(point.get(field, {}))
     made = []
     for name in names:
-        kinds = {type(value) for point in points if (value := point["switches"].get(name)) is not None}
-        kind = _KINDS.get(next(iter(kinds)), str) if len(kinds) == 1 else str
-        made.append(Column(name, kind, "options", _at("switches", name)))
+        kinds = {type(value) for point in points if (value := point.get(field, {}).get(name)) is not None}
+        kind = next(iter(kinds)) if len(kinds) == 1 and kinds <= {bool, int, float} else str
+        made.append(Column(name, kind, "options", _at(field, name)))
     return made
 
 
+def options(points: list[dict]) -> list[Column]:
+    """What was chosen for a point: workload, sampler and switches, of which those that vary are compared."""
+    switches = ["preallocate", *(field.name for field in fields(FastConfig))]
+    return [*WORKLOAD, *_chosen(points, "sampler", []), *_chosen(points, "switches", switches)]
+
+
 def of_points(points: list[dict]) -> list[Column]:
-    """The columns of a table of these points. ValueError if a switch has the name of another column."""
-    made = [*_RECORD[:5], *WORKLOAD, *switches(points), *_MEASURED, *_RECORD[5:], *_MACHINE]
+    """The columns of a table of these points; one that was not measured has no figures.
+
+    ValueError if a switch has the name of another column.
+    """
+    made = [*_RECORD, *options(points), *_MEASURED, *_MACHINE]
     names = [column.name for column in made]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"the switch {name} has the name of another column and cannot stand in a table")
     return made
-
-
-def options(points: list[dict]) -> list[Column]:
-    """What was chosen for a point: workload and switches, of which those that vary are compared."""
-    return [*WORKLOAD, *switches(points)]
 
 
 # Figures of which a value of an option gets the median, the smallest and the largest over its points.

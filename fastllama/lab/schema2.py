@@ -102,7 +102,9 @@ ENVIRONMENT = {
     "flags": object_,
     "variables": object_,
 }
-_DIVERGENCE = {"row": small_count, "position": small_count, "margin": number}
+_DIVERGENCE = {"row": small_count, "position": small_count, "margin": or_null(number)}
+# A point without one took the likeliest token.
+_OPTIONAL = {"sampler": object_}
 
 
 def _no_path(value) -> bool:
@@ -156,7 +158,10 @@ def _check_sizes(point: dict) -> None:
 
 def check_point(point: dict, also: dict | None = None) -> None:
     """ValueError, naming the field, if the object is not a point of schema 2; also: further fields, a record's."""
-    check(point, {**_POINT, **(also or {})}, closed=True)
+    optional = {field: kind for field, kind in _OPTIONAL.items() if field in point}
+    check(point, {**_POINT, **optional, **(also or {})}, closed=True)
+    sampler = point.get("sampler", {})
+    check(sampler, dict.fromkeys(sampler, scalar), "sampler.")
     _check_switches(point)
     _check_environment(point)
     schema1.check_runs(point, closed=True)

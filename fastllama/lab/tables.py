@@ -50,6 +50,8 @@ def _samples(point: dict, number: int, contestant: str, runs: list[dict]) -> lis
 def _runs(points: list[dict]) -> list[dict]:
     rows = []
     for number, point in enumerate(points, 1):
+        if "runs" not in point:
+            continue  # it failed, or was skipped
         baseline = point["baseline"]
         is_ours = point["switches"]["preallocate"]
         name = "vanilla" if baseline is None and not is_ours else "ours" if is_ours else "compiled"
@@ -87,7 +89,7 @@ def _options(points: list[dict]) -> list[dict]:
         for (_, value), members in groups.items():
             row = {"option": column.name, "value": value, "points": len(members)}
             for name in columns.COMPARED:
-                found = [point[name] for point in members if point[name] is not None]
+                found = [figure for point in members if (figure := point.get(name)) is not None]
                 ends = (median(found), min(found), max(found)) if found else (None, None, None)
                 row |= {name + end: figure for end, figure in zip(("", "_min", "_max"), ends, strict=True)}
             rows.append(row)
