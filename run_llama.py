@@ -107,6 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--profile", action="store_true", help="trace one run of 10 new tokens instead of timing")
     out = parser.add_argument_group("what is kept")
     out.add_argument("--json", type=Path, metavar="FILE", help="append each point as one line; a sweep resumes from it")
+    out.add_argument("--format", choices=("md", "csv", "json", "jsonl", "sqlite"), help="print the points as this")
+    out.add_argument("--output", type=Path, metavar="FILE", help="with --format: write them there instead")
     out.add_argument("--record", type=_words, metavar="WHAT", help="add a row to changes.md: what changed")
     out.add_argument("--predict", type=_words, metavar="TEXT", help="with --record: what you expect")
     out.add_argument("--commit", metavar="SHA", help="with --record, in a copied tree: the commit it is a copy of")
@@ -119,8 +121,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.record is None and (options.predict is not None or options.commit is not None):
         parser.error("--predict and --commit belong to --record")
-    if options.profile and (options.sweep or options.json or options.record):
-        parser.error("--profile leaves a trace and no record: leave out --sweep, --json and --record")
+    if options.output is not None and options.format is None:
+        parser.error("--output belongs to --format")
+    if options.profile and (options.sweep or options.json or options.record or options.format):
+        parser.error("--profile leaves a trace and no record: leave out --sweep, --json, --record and --format")
     if options.retry_failed and not options.sweep:
         parser.error("--retry-failed belongs to --sweep")
     if options.dry_run and (options.profile or options.record):
@@ -166,17 +170,20 @@ def _run(options: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from fastllama import demo
-    from fastllama.lab import dry_run, measure, record, sweep, sweep_table, table, trace
+    from fastllama.lab import dry_run, export, measure, record, sweep, sweep_table, table, trace
     from fastllama.lab.progress import progress
 
     logging.disable_progress_bar()  # one bar at a time
     hub_logging.set_verbosity_error()  # a hub out of reach is one error, not ten retries
     if options.record is not None:
         record.check_recordable(options.commit)
+    if options.format is not None:
+        export.check_output(options.format, options.output, tuple(filter(None, [options.json])))
     plan = _plan(options)
     points = plan.points
     _warn(points)
-    console = Console()
+    # Where the points go to stdout in a format, nothing else may.
+    console = Console(stderr=options.format is not None and options.output is None)
     if options.profile:
         for point in points:
             with progress(3) as begin:
@@ -196,13 +203,15 @@ def _run(options: argparse.Namespace) -> int:
     def show(point: dict) -> None:
         console.print(table.point_table(point, demo.is_random(point["model"])))
         if options.record is not None:
-            print(f"recorded: {record.save(point, options.record, options.predict, options.commit)}")
+            print(f"recorded: {record.save(point, options.record, options.predict, options.commit)}", file=console.file)
 
     with progress(sum(measure.steps(point) for point in points)) as begin:
         how = {"resume": bool(options.sweep), "retry_failed": options.retry_failed}
         entries = sweep.run(plan, file=file, begin=begin, show=show, say=_say, **how)
     if len(points) > 1:
         console.print(sweep_table.summary(plan, entries))
+    if options.format is not None:
+        export.write(entries, options.format, options.output)
     return sweep.exit_code(entries)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,19 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import run_llama
-from fastllama.lab import ceiling, measure, memory, record, schema, sweep, sweep_table, table
+from fastllama.lab import (
+    ceiling,
+    export,
+    formats,
+    measure,
+    memory,
+    points_file,
+    record,
+    schema,
+    sweep,
+    sweep_table,
+    table,
+)
 from fastllama.lab.plan import Plan, Planned
 from fastllama.lab.point import Point
 from fastllama.lab.workload import Workload
@@ -386,3 +399,51 @@ def test_the_table_fits(tiny, width):
     assert "…" not in text
     for words in ("0badc0de", "differs", "row 1, new token 2", "0.25", "random weights", "101,325", "12,345"):
         assert words in text
+
+
+# other formats
+
+
+@pytest.mark.parametrize("name", ["csv", "json", "jsonl", "md"])
+def test_points_are_printed_in_a_format_and_nothing_else(tiny, tmp_path, capsys, name):
+    file = tmp_path / "points.jsonl"
+    assert run("--model", tiny, *SMALL, "--batch-size", "1,2", "--json", file, "--format", name) == 0
+    out, err = capsys.readouterr()
+    assert "all points" in err
+    export.write(points_file.read(file), name)
+    assert out == capsys.readouterr().out
+
+
+def test_a_sweep_is_written_to_a_database(tiny, tmp_path, capsys):
+    file, path = tmp_path / "points.jsonl", tmp_path / "points.sqlite"
+    argv = ["--model", tiny, *SMALL, "--batch-size", "1,2", "--json", file, "--format", "sqlite", "--output", path]
+    assert run(*argv) == 0
+    assert "all points" in capsys.readouterr().out
+    database = sqlite3.connect(path)
+    rows = database.execute("SELECT batch_size, tok_per_s, hash FROM points").fetchall()
+    assert rows == [(point["batch_size"], point["tok_per_s"], point["hash"]) for point in read(file)]
+    assert database.execute("SELECT count(*) FROM runs").fetchone() == (2,)
+    assert database.execute("SELECT option, value FROM options").fetchall() == [("batch_size", 1), ("batch_size", 2)]
+    database.close()
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--format", "xml"], "invalid choice: 'xml'"),
+        (["--output", "a.csv"], "--output belongs to --format"),
+        (["--format", "sqlite"], "--output FILE"),
+        (["--format", "csv", "--output", "none/a.csv"], "there is no folder none"),
+        (["--format", "csv", "--output", "a.jsonl", "--json", "a.jsonl"], "is what is read"),
+        (["--format", "csv", "--profile"], "leave out"),
+    ],
+)
+def test_a_format_that_cannot_be_written_is_refused_before_measuring(tiny, monkeypatch, capsys, argv, says):
+    monkeypatch.setattr(measure, "measure", lambda *given: pytest.fail("measured"))
+    assert run("--model", tiny, *SMALL, *argv) == 2
+    assert says in one_sentence(capsys)
+
+
+def test_the_command_line_knows_every_format():
+    for name in formats.NAMES:
+        assert run_llama._parse(["--format", name]).format == name

@@ -103,6 +103,8 @@ def peaks(point: Point, name: str) -> Peaks:
     told = json.loads(lines[-1])
     if torch.device(point.device).type == "cpu":
         told["max_mem_mb"] = highest / 1e6 + (told["mapped_weights_mb"] or 0.0)
+        # Where the system keeps no peak of its own, what was watched is resident memory already.
+        told["max_reserved_mb"] = highest / 1e6 if told["max_reserved_mb"] is None else told["max_reserved_mb"]
     return Peaks(**told)
 
 

@@ -111,6 +111,11 @@ class Point:
             "switches": {"preallocate": self.preallocate, **config, "compile": self.compile},
         }
 
+    def switch_defaults(self) -> dict:
+        """The default of each switch that `identity` names."""
+        config = asdict(fastllama.FastConfig()) if self.preallocate else {}
+        return {"preallocate": Point.preallocate, **config, "compile": fastllama.FastConfig.compile}
+
     def command(self) -> str:
         """The command line that measures this point alone; a path is given by its last part."""
         words = ["python", "run_llama.py", "--model", self.model_name, "--dtype", self.dtype, "--device", self.device]

@@ -5,7 +5,7 @@ import re
 from datetime import datetime, timezone
 from pathlib import Path
 
-from fastllama.lab import board, changes, git, schema, words
+from fastllama.lab import board, changes, digest, git, schema, words
 from fastllama.lab.sources import ROOT, source_sha256
 
 __all__ = ["check_recordable", "read", "read_all", "save", "source_sha256", "verify"]
@@ -75,12 +75,13 @@ def save(point: dict, what: str, prediction: str | None = None, commit: str | No
         "source_sha256": source,
         "recorded_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    record = {**header, **{name: value for name, value in point.items() if name not in header}}
+    schema.check_point(point, "the measured point")
+    record = _sealed({**header, **{name: value for name, value in point.items() if name not in header}})
     schema.check_record(record, "the measured point")
     folder = _claim(root / words.LOGS, commit)
     path = folder / "record.json"
     try:
-        words.dump_json(path, {**record, "id": folder.name})
+        words.dump_json(path, _sealed({**record, "id": folder.name}))
     except BaseException:
         if not path.exists():
             folder.rmdir()
@@ -88,6 +89,11 @@ def save(point: dict, what: str, prediction: str | None = None, commit: str | No
     board.write(read(path), folder)
     _render(root)
     return path
+
+
+def _sealed(record: dict) -> dict:
+    # A point keeps the schema that it was measured under.
+    return record if record["schema"] == 1 else digest.seal(record)
 
 
 def _render(root: Path) -> None:
@@ -121,7 +127,7 @@ def verify(record: dict, root: Path = ROOT) -> bool:
     name, commit = f"record {record['id']}", record["commit"]
     if not git.has_commit(root, commit):
         return False
-    if git.source_sha256_of_commit(commit, root) != record["source_sha256"]:
+    if git.source_sha256_of_commit(commit, root, record["schema"]) != record["source_sha256"]:
         raise ValueError(f"{name}: its source hash is not that of commit {commit[:7]}, so it measured something else")
     if record["prediction_committed"] and not words.is_committed(record["what"], record["prediction"], commit, root):
         raise ValueError(f"{name}: its prediction is not in {words.PREDICTIONS} at commit {commit[:7]}")
