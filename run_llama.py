@@ -12,6 +12,18 @@ NEW_TOKENS = [200]
 WARMUP_RUNS = 2
 NUM_RUNS = 5
 
+SAMPLER_FLAGS = (
+    "--temperature",
+    "--top-k",
+    "--top-p",
+    "--min-p",
+    "--typical-p",
+    "--epsilon-cutoff",
+    "--eta-cutoff",
+    "--repetition-penalty",
+    "--no-repeat-ngram-size",
+)
+
 LOGS = Path(__file__).resolve().parent / "tb_logs"
 
 
@@ -53,16 +65,14 @@ def _parser() -> argparse.ArgumentParser:
     what = parser.add_argument_group("what runs")
     what.add_argument(
         "--model",
-        default="demo",
-        help="demo, random:NAME, inflated:NAME, a checkpoint's folder or hub name (%(default)s)",
+        help="demo, random:NAME, inflated:NAME, a checkpoint's folder or hub name (demo)",
     )
-    what.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
-    what.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (%(default)s)")
-    what.add_argument("--preallocate", action="store_true", help="run ours beside vanilla transformers")
+    what.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"))
+    what.add_argument("--device", help="auto, cpu, cuda, ... (auto)")
+    what.add_argument("--preallocate", action="store_true", default=None, help="run ours beside vanilla transformers")
     what.add_argument(
         "--compile",
         choices=("no", "static", "dynamic", "fullgraph", "native"),
-        default="no",
         help="compile ours, or without --preallocate vanilla's forward; fullgraph is another word for static; native "
         "is one C++ call a step",
     )
@@ -75,15 +85,30 @@ def _parser() -> argparse.ArgumentParser:
     sizes.add_argument("--new-tokens", type=_sizes, help=f"tokens to generate ({NEW_TOKENS})")
     sizes.add_argument("--cache-length", type=_size, help="positions to preallocate (prompt + new tokens)")
     sizes.add_argument("--prompt-file", help="UTF-8 text to cut prompts from (the demo's held-out text)")
-    sizes.add_argument("--seed", type=_count, default=0, help="which places of the text (%(default)s)")
+    sizes.add_argument("--seed", type=_count, help="which places of the text, and where draws begin (0)")
+    drawing = parser.add_argument_group("the sampler (transformers' names and meanings; greedy by default)")
+    drawing.add_argument("--do-sample", action="store_true", default=None, help="draw each token")
+    for flag in SAMPLER_FLAGS:
+        drawing.add_argument(flag, metavar="X")
     how = parser.add_argument_group("how it is measured")
     what.add_argument("--products", help="how a CPU multiplies: auto, stock, native or packed")
     how.add_argument("--runs", type=_size, help=f"timed runs ({NUM_RUNS}; 10 in a sweep)")
     how.add_argument("--warmup", type=_count, default=WARMUP_RUNS, help="runs before them (%(default)s)")
-    how.add_argument("--sweep", choices=("batch", "length"), help="batch 1 to 128, or prompts of 100 to 1600 tokens")
+    how.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="WHAT",
+        help="batch (1 to 128), length (prompts of 100 to 1600 tokens), name=value,value,... for any option above, or "
+        "FILE.toml; several make a product",
+    )
+    how.add_argument("--dry-run", action="store_true", help="print the points, about how long they take, and stop")
+    how.add_argument("--retry-failed", action="store_true", help="with --sweep: measure failed points again")
     how.add_argument("--profile", action="store_true", help="trace one run of 10 new tokens instead of timing")
     out = parser.add_argument_group("what is kept")
     out.add_argument("--json", type=Path, metavar="FILE", help="append each point as one line; a sweep resumes from it")
+    out.add_argument("--format", choices=("md", "csv", "json", "jsonl", "sqlite"), help="print the points as this")
+    out.add_argument("--output", type=Path, metavar="FILE", help="with --format: write them there instead")
     out.add_argument("--record", type=_words, metavar="WHAT", help="add a row to changes.md: what changed")
     out.add_argument("--predict", type=_words, metavar="TEXT", help="with --record: what you expect")
     out.add_argument("--commit", metavar="SHA", help="with --record, in a copied tree: the commit it is a copy of")
@@ -96,38 +121,30 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.record is None and (options.predict is not None or options.commit is not None):
         parser.error("--predict and --commit belong to --record")
-    if options.profile and (options.sweep or options.json or options.record):
-        parser.error("--profile leaves a trace and no record: leave out --sweep, --json and --record")
+    if options.output is not None and options.format is None:
+        parser.error("--output belongs to --format")
+    if options.profile and (options.sweep or options.json or options.record or options.format):
+        parser.error("--profile leaves a trace and no record: leave out --sweep, --json, --record and --format")
+    if options.retry_failed and not options.sweep:
+        parser.error("--retry-failed belongs to --sweep")
+    if options.dry_run and (options.profile or options.record):
+        parser.error("--dry-run measures nothing: leave out --profile and --record")
     return options
 
 
-def _points(options: argparse.Namespace) -> list:
-    from fastllama.lab import checkpoint, sweep, trace
-    from fastllama.lab.point import Point
+def _plan(options: argparse.Namespace):
+    from fastllama.lab import plan, trace
+    from fastllama.lab.option import OPTIONS
 
-    batch_sizes = sweep.BATCH_SIZES if options.sweep == "batch" else BATCH_SIZES
-    prompt_lengths = sweep.PROMPT_LENGTHS if options.sweep == "length" else PROMPT_LENGTHS
-    new_tokens = [trace.NEW_TOKENS] if options.profile else NEW_TOKENS
-    works = sweep.workloads(
-        options.batch_size or batch_sizes,
-        options.prompt_length or prompt_lengths,
-        options.new_tokens or new_tokens,
-        seed=options.seed,
-        prompt_file=options.prompt_file,
-    )
-    given = {name: getattr(options, name) for name in ("compile", "bucket", "prefill_chunk", "fuse", "products")}
-    how = {
-        "preallocate": options.preallocate,
-        "switches": {name: value for name, value in given.items() if value is not None},
-        "cache_length": options.cache_length,
-        "runs": options.runs or (1 if options.profile else sweep.RUNS if options.sweep else NUM_RUNS),
-        "warmup": options.warmup,
+    given = {name: getattr(options, name) for name in OPTIONS}
+    given = {name: value for name, value in given.items() if value is not None}
+    defaults = {
+        "batch_size": BATCH_SIZES,
+        "prompt_length": PROMPT_LENGTHS,
+        "new_tokens": [trace.NEW_TOKENS] if options.profile else NEW_TOKENS,
     }
-    device = checkpoint.auto_device() if options.device == "auto" else checkpoint.check_device(options.device)
-    # Whatever can be refused is refused before a model is looked at.
-    points = [Point(options.model, "fp32", device, work, **how) for work in works]
-    dtype = checkpoint.auto_dtype(options.model, device) if options.dtype == "auto" else options.dtype
-    return [Point(options.model, dtype, device, point.workload, **how) for point in points]
+    runs = options.runs or (1 if options.profile else plan.RUNS if options.sweep else NUM_RUNS)
+    return plan.make(given, options.sweep, defaults, runs, options.warmup)
 
 
 def _warn(points: list) -> None:
@@ -136,7 +153,7 @@ def _warn(points: list) -> None:
     point = points[0]
     if point.dtype == "fp16" and point.device == "cpu":
         print("warning: fp16 is slow on a CPU, which computes it through fp32; fp32 or bf16 suit it", file=sys.stderr)
-    found = checkpoint.find(point.model, point.torch_dtype)
+    found = checkpoint.outline(point.model, point.torch_dtype)
     longest = max(point.positions for point in points)
     # preallocate says so itself.
     if not point.preallocate and longest > found.config.max_position_embeddings:
@@ -153,16 +170,20 @@ def _run(options: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from fastllama import demo
-    from fastllama.lab import measure, record, sweep, table, trace
+    from fastllama.lab import dry_run, export, measure, record, sweep, sweep_table, table, trace
     from fastllama.lab.progress import progress
 
     logging.disable_progress_bar()  # one bar at a time
     hub_logging.set_verbosity_error()  # a hub out of reach is one error, not ten retries
     if options.record is not None:
         record.check_recordable(options.commit)
-    points = _points(options)
+    if options.format is not None:
+        export.check_output(options.format, options.output, tuple(filter(None, [options.json])))
+    plan = _plan(options)
+    points = plan.points
     _warn(points)
-    console = Console()
+    # Where the points go to stdout in a format, nothing else may.
+    console = Console(stderr=options.format is not None and options.output is None)
     if options.profile:
         for point in points:
             with progress(3) as begin:
@@ -172,21 +193,26 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     file = options.json
     if file is None and options.sweep:
-        file = LOGS / "sweeps" / sweep.file_name(options.sweep, points[0])
+        file = LOGS / "sweeps" / plan.file_name
+    if options.dry_run:
+        console.print(dry_run.table(plan, file if options.sweep else None, options.retry_failed))
+        return 0
+    if options.sweep:
         file.parent.mkdir(parents=True, exist_ok=True)
 
     def show(point: dict) -> None:
-        console.print(table.point_table(point, demo.is_random(options.model)))
+        console.print(table.point_table(point, demo.is_random(point["model"])))
         if options.record is not None:
-            print(f"recorded: {record.save(point, options.record, options.predict, options.commit)}")
+            print(f"recorded: {record.save(point, options.record, options.predict, options.commit)}", file=console.file)
 
     with progress(sum(measure.steps(point) for point in points)) as begin:
-        records, failures = sweep.run(
-            points, file=file, resume=options.sweep is not None, begin=begin, show=show, say=_say
-        )
+        how = {"resume": bool(options.sweep), "retry_failed": options.retry_failed}
+        entries = sweep.run(plan, file=file, begin=begin, show=show, say=_say, **how)
     if len(points) > 1:
-        console.print(table.summary_table(records))
-    return 2 if failures else 0
+        console.print(sweep_table.summary(plan, entries))
+    if options.format is not None:
+        export.write(entries, options.format, options.output)
+    return sweep.exit_code(entries)
 
 
 def _say(text: str) -> None:

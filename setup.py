@@ -22,7 +22,13 @@ setup(
             "weights/draft/*",
         ],
     },
-    install_requires=["torch>=2.11", "transformers>=5.17", "accelerate>=1.10", "tensorboard>=2.18"],
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.17",
+        "accelerate>=1.10",
+        "tensorboard>=2.18",
+        "tomli>=2; python_version < '3.11'",
+    ],
     extras_require={
         "test": TEST,
         "plot": ["matplotlib>=3.8"],

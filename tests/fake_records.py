@@ -4,10 +4,27 @@ import os
 import subprocess
 from pathlib import Path
 
-from fastllama.lab import figures
+from fastllama.lab import digest, figures
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ENVIRONMENT = {"cpu": "Example CPU", "threads": 2, "torch": "2.13.0"}
+WHOLE_ENVIRONMENT = {
+    "cores": 2,
+    "usable_cores": 2,
+    "interop_threads": 2,
+    "cpu_capability": "AVX2",
+    "cpu_bf16": False,
+    "governor": None,
+    "ram_gb": 16.0,
+    **dict.fromkeys(("gpu", "gpu_memory_gb", "gpu_driver", "gpu_power_limit", "cuda")),
+    "os": "Linux 6.1 x86_64",
+    "python": "3.11.7",
+    **dict.fromkeys(("transformers", "accelerate", "tokenizers", "safetensors"), "1.0.0"),
+    "compiler": None,
+    "memory_from": "anonymous memory",
+    "flags": {"float32_matmul_precision": {"value": "high", "default": "highest"}},
+    "variables": {"OMP_NUM_THREADS": "2", "LD_PRELOAD": "(path)"},
+}
 
 
 def runs(speed: float, new_tokens: int = 200, spread: float = 0.01) -> list[dict]:
@@ -30,6 +47,26 @@ def measured(samples: list[dict], batch_size: int, new_tokens: int, **fields) ->
         "hash": "0d6aa042",
         **fields,
     }
+
+
+def current(old: dict) -> dict:
+    """A point or record of schema 2, sealed, with the content of one of schema 1."""
+    made = {**old, "schema": 2, "prompt_hash": "42c9c303", "mapped_weights_mb": None, "max_reserved_mb": 900.0}
+    made["cache_length"] = old["cache_length"] or old["prompt_length"] + old["new_tokens"]
+    made["environment"] = {**WHOLE_ENVIRONMENT, **old["environment"]}
+    made["switch_defaults"] = {**old["switches"], "preallocate": False, "compile": "no"}
+    made.setdefault("source_sha256", "ab" * 32)
+    if made["baseline"] is not None:
+        made["baseline"] = {**old["baseline"], "max_reserved_mb": 800.0, "mapped_weights_mb": None}
+        made["baseline"]["hash"] = made["reference_hash"]
+    if made["parity"] not in ("exact", "reference") and made["first_divergence"] is None:
+        made["first_divergence"] = {"row": 0, "position": 0, "margin": 1e-5}
+    row = made["row_tok_per_s"]
+    made["step_bytes"] = 10**8 if row is None else round(old["read_gb_per_s"] * 1e9 / row)
+    made["read_gb_per_s"] = None if row is None else made["step_bytes"] * row / 1e9
+    made["ceiling_runs_gb_per_s"] = [old["ceiling_gb_per_s"]] * 3
+    made["ceiling_fraction"] = None if row is None else made["read_gb_per_s"] / made["ceiling_gb_per_s"]
+    return digest.seal(made)
 
 
 def point(speed: float = 40.0, vanilla: float | None = 20.0, spread: float = 0.01, **fields) -> dict:

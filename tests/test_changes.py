@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from fastllama.lab import __main__ as command_line
-from fastllama.lab import changes, plot, readme, record, sources, suite, words
+from fastllama.lab import changes, plot, points_file, readme, record, sources, suite, words
 from tests.fake_records import COMMIT, fake_record, make_repository, point
 
 OTHER = "fedcba9876543210fedcba9876543210fedcba98"
@@ -367,7 +367,7 @@ def test_predictions_boards_and_plots_from_the_command_line(tmp_path, lab):
     pytest.importorskip("matplotlib")
     assert lab("plot", "rows", "-o", tmp_path / "rows.svg")[0] == 0 and (tmp_path / "rows.svg").exists()
     for size in (1, 2):
-        record.append_jsonl(tmp_path / "s.jsonl", point(batch_size=size))
+        points_file.append(tmp_path / "s.jsonl", point(batch_size=size))
     assert lab("plot", "sweep", tmp_path / "s.jsonl", "-o", tmp_path / "s.png")[0] == 0
     assert (tmp_path / "s.png").exists()
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,20 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import run_llama
-from fastllama.lab import ceiling, measure, memory, record, schema, sweep, table
+from fastllama.lab import (
+    ceiling,
+    export,
+    formats,
+    measure,
+    memory,
+    points_file,
+    record,
+    schema,
+    sweep,
+    sweep_table,
+    table,
+)
+from fastllama.lab.plan import Plan, Planned
 from fastllama.lab.point import Point
 from fastllama.lab.workload import Workload
 from tests.test_measure import write_tiny
@@ -97,7 +111,7 @@ def test_comma_lists_make_a_product(tiny, tmp_path, capsys):
 
 def test_defaults_are_the_constants(monkeypatch):
     seen = []
-    monkeypatch.setattr(run_llama, "_run", lambda options: seen.extend(run_llama._points(options)) or 0)
+    monkeypatch.setattr(run_llama, "_run", lambda options: seen.extend(run_llama._plan(options).points) or 0)
     monkeypatch.setattr(run_llama, "BATCH_SIZES", [3])
     assert run("--dtype", "fp32", "--device", "cpu") == 0
     assert [(point.workload, point.runs, point.warmup) for point in seen] == [(Workload(3, 1000, 200), 5, 2)]
@@ -162,7 +176,7 @@ def test_an_interrupted_sweep_resumes(tiny, tmp_path, monkeypatch, capsys):
     assert measured == [1, 2, "interrupted", 3]
     assert [point["batch_size"] for point in read(file)] == [1, 2, 3]
     err = capsys.readouterr().err
-    assert err.count("already in") == 2 and "batch 1, prompt 12, 4 new tokens" in err
+    assert err.count("already in") == 2 and f"already in {file}: batch_size=1\n" in err
     # Other switches, another seed or other sources are other points.
     assert run(*argv, "--seed", "1") == 0
     monkeypatch.setattr(record, "source_sha256", lambda: "0" * 64)
@@ -181,8 +195,8 @@ def test_a_point_that_fails_does_not_end_a_sweep(tiny, tmp_path, monkeypatch, ca
     monkeypatch.setattr(measure, "measure", measured)
     file = tmp_path / "points.jsonl"
     assert run("--model", tiny, *SMALL, "--batch-size", "1,2,3", "--warmup", "0", "--json", file) == 2
-    assert [point["batch_size"] for point in read(file)] == [1, 3]
-    assert "error: batch 2, prompt 12, 4 new tokens: batch 2 does not fit\n" in capsys.readouterr().err
+    assert [(point["batch_size"], point.get("status")) for point in read(file)] == [(1, None), (2, "failed"), (3, None)]
+    assert "error: batch_size=2: batch 2 does not fit\n" in capsys.readouterr().err
 
 
 def test_a_point_is_on_disk_before_the_next_begins(tiny, tmp_path, monkeypatch):
@@ -339,7 +353,7 @@ def test_record_is_given_the_point_and_the_words(tiny, monkeypatch, capsys):
 
 def test_warnings(tiny, capsys, monkeypatch):
     monkeypatch.setattr(measure, "measure", lambda point, progress: pytest.fail("measured"))
-    monkeypatch.setattr(sweep, "run", lambda *args, **kwargs: ([], 0))
+    monkeypatch.setattr(sweep, "run", lambda *args, **kwargs: [])
     argv = ["--model", tiny, "--device", "cpu", "--new-tokens", "4"]
     assert run(*argv, "--dtype", "fp16", "--prompt-length", "12") == 0
     assert capsys.readouterr().err.startswith("warning: fp16 is slow on a CPU")
@@ -378,9 +392,58 @@ def test_the_table_fits(tiny, width):
     point.update(parity="differs", hash="0badc0de", first_divergence={"row": 1, "position": 2, "margin": 0.25})
     console = Console(width=width, record=True, file=io.StringIO())
     console.print(table.point_table(point, is_random=True))
-    console.print(table.summary_table([point, point]))
+    plan = Plan("", (), [Planned("batch_size=1024,prompt_length=100000", None)] * 2, [])
+    console.print(sweep_table.summary(plan, [point, point]))
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
     for words in ("0badc0de", "differs", "row 1, new token 2", "0.25", "random weights", "101,325", "12,345"):
         assert words in text
+
+
+# other formats
+
+
+@pytest.mark.parametrize("name", ["csv", "json", "jsonl", "md"])
+def test_points_are_printed_in_a_format_and_nothing_else(tiny, tmp_path, capsys, name):
+    file = tmp_path / "points.jsonl"
+    assert run("--model", tiny, *SMALL, "--batch-size", "1,2", "--json", file, "--format", name) == 0
+    out, err = capsys.readouterr()
+    assert "all points" in err
+    export.write(points_file.read(file), name)
+    assert out == capsys.readouterr().out
+
+
+def test_a_sweep_is_written_to_a_database(tiny, tmp_path, capsys):
+    file, path = tmp_path / "points.jsonl", tmp_path / "points.sqlite"
+    argv = ["--model", tiny, *SMALL, "--batch-size", "1,2", "--json", file, "--format", "sqlite", "--output", path]
+    assert run(*argv) == 0
+    assert "all points" in capsys.readouterr().out
+    database = sqlite3.connect(path)
+    rows = database.execute("SELECT batch_size, tok_per_s, hash FROM points").fetchall()
+    assert rows == [(point["batch_size"], point["tok_per_s"], point["hash"]) for point in read(file)]
+    assert database.execute("SELECT count(*) FROM runs").fetchone() == (2,)
+    assert database.execute("SELECT option, value FROM options").fetchall() == [("batch_size", 1), ("batch_size", 2)]
+    database.close()
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--format", "xml"], "invalid choice: 'xml'"),
+        (["--output", "a.csv"], "--output belongs to --format"),
+        (["--format", "sqlite"], "--output FILE"),
+        (["--format", "csv", "--output", "none/a.csv"], "there is no folder none"),
+        (["--format", "csv", "--output", "a.jsonl", "--json", "a.jsonl"], "is what is read"),
+        (["--format", "csv", "--profile"], "leave out"),
+    ],
+)
+def test_a_format_that_cannot_be_written_is_refused_before_measuring(tiny, monkeypatch, capsys, argv, says):
+    monkeypatch.setattr(measure, "measure", lambda *given: pytest.fail("measured"))
+    assert run("--model", tiny, *SMALL, *argv) == 2
+    assert says in one_sentence(capsys)
+
+
+def test_the_command_line_knows_every_format():
+    for name in formats.NAMES:
+        assert run_llama._parse(["--format", name]).format == name

@@ -7,10 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from transformers import LlamaConfig
 
 from fastllama.demo.checkpoint import publish, tokenizer_files
-from fastllama.demo.inflate import build_inflated
-from fastllama.demo.random_model import build_random
+from fastllama.demo.inflate import MAX_POSITIONS, build_inflated
+from fastllama.demo.random_model import body_config, build_random
 from fastllama.demo.shapes import SHAPES
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -48,6 +49,31 @@ def _fingerprint(shape, files: list[Path]) -> str:
     return digest.hexdigest()[:8]
 
 
+def _body(name: str, dtype: torch.dtype) -> tuple[str, str] | None:
+    """(kind, NAME) of a model that is built, None for any other name. `ValueError` where it cannot be built."""
+    kind, colon, body = name.partition(":")
+    if not colon or kind not in _BUILT_FROM:
+        return None
+    if body not in SHAPES:
+        raise ValueError(f"unknown model {name}: after '{kind}:' comes one of {', '.join(SHAPES)}")
+    if dtype not in _DTYPES:
+        raise ValueError(f"{name} cannot be built in {dtype}: allowed are fp32, bf16, fp16")
+    return kind, body
+
+
+def configuration(name: str, dtype: torch.dtype) -> LlamaConfig | None:
+    """The sizes of a model that `resolve` would build, without building it; None for any other name.
+
+    Raises `ValueError` as `resolve` does.
+    """
+    built = _body(name, dtype)
+    if built is None:
+        return None
+    kind, body = built
+    positions = {} if kind == "random" else {"max_position_embeddings": MAX_POSITIONS}
+    return body_config(SHAPES[body], dtype, **positions)
+
+
 def resolve(name: str, dtype: torch.dtype) -> str:
     """The checkpoint folder that a model name stands for, built in the user's cache on first use.
 
@@ -59,13 +85,10 @@ def resolve(name: str, dtype: torch.dtype) -> str:
     """
     if name in _DEMOS:
         return str(demo_folder(_DEMOS[name]))
-    kind, colon, body = name.partition(":")
-    if not colon or kind not in _BUILT_FROM:
+    built = _body(name, dtype)
+    if built is None:
         return name
-    if body not in SHAPES:
-        raise ValueError(f"unknown model {name}: after '{kind}:' comes one of {', '.join(SHAPES)}")
-    if dtype not in _DTYPES:
-        raise ValueError(f"{name} cannot be built in {dtype}: allowed are fp32, bf16, fp16")
+    kind, body = built
     shape, source = SHAPES[body], demo_folder(_BUILT_FROM[kind])
     files = tokenizer_files(source)
     if kind != "random":

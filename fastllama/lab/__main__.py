@@ -1,10 +1,22 @@
-"""python -m fastllama.lab: render the log, note a prediction, draw, and fill TensorBoard."""
+"""python -m fastllama.lab: render the log, note a prediction, draw, export, and fill TensorBoard."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from fastllama.lab import board, changes, compare, curve, plot, readme, record, suite_file, words
+from fastllama.lab import (
+    board,
+    changes,
+    compare,
+    curve,
+    export,
+    plot,
+    points_file,
+    readme,
+    record,
+    suite_file,
+    words,
+)
 from fastllama.lab.sources import ROOT
 
 
@@ -22,6 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("what", help="the words that --record will be given")
     predict.add_argument("text", help="what you expect")
 
+    export.arguments(commands)
     commands.add_parser("board", help="write TensorBoard's event files from the records")
 
     compare.arguments(commands)
@@ -61,10 +74,12 @@ def _run(arguments) -> int:
         path = words.predict(arguments.what, arguments.text, arguments.root)
         print(f"noted in {path}: commit it, then run with --record {arguments.what!r}")
         return 0
+    if arguments.command == "export":
+        return export.run(arguments)
     if arguments.command == "plot" and arguments.kind == "sweep":
         if not arguments.file.exists():
             raise FileNotFoundError(f"there is no file {arguments.file}")
-        print(plot.sweep(record.read_jsonl(arguments.file), arguments.output))
+        print(plot.sweep(points_file.read_measured(arguments.file), arguments.output))
         return 0
     if arguments.command == "compare":
         return compare.run(arguments)

@@ -43,7 +43,16 @@ def find(name: str, dtype: torch.dtype) -> Checkpoint:
     Raises `FileNotFoundError` for a path that is not there, `OSError` for a hub name that cannot be reached,
     `ValueError` for a model that is not a Llama.
     """
-    place = demo.resolve(name, dtype)
+    return _read(name, demo.resolve(name, dtype))
+
+
+def outline(name: str, dtype: torch.dtype) -> Checkpoint:
+    """As `find`, but nothing is built: a model that would be built for it is known by its configuration alone."""
+    config = demo.configuration(name, dtype)
+    return Checkpoint(name, name, config) if config is not None else _read(name, demo.resolve(name, dtype))
+
+
+def _read(name: str, place: str) -> Checkpoint:
     if not Path(place).expanduser().is_dir():
         if _HUB_NAME.fullmatch(place) is None or Path(place).exists():
             raise FileNotFoundError(f"there is no model folder {name}")

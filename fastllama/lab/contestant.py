@@ -12,8 +12,9 @@ import fastllama
 from fastllama.lab import checkpoint, vanilla
 from fastllama.lab.checkpoint import Checkpoint
 from fastllama.lab.fault import explained
-from fastllama.lab.parity import output_hash
+from fastllama.lab.parity import output_hash, top_margin
 from fastllama.lab.point import Point
+from fastllama.lab.sampler import Sampler
 from fastllama.lab.workload import Prompt
 
 
@@ -34,15 +35,19 @@ class Contestant:
     warmup_s: float = 0.0
     runs: list[dict] = field(default_factory=list)
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)  # by hash, in the order they appeared
+    sampler: Sampler = field(default_factory=Sampler)
+    seed: int = 0
     _path: str | None = None
 
     def generate(self, prompt: Prompt, new_tokens: int) -> tuple[torch.Tensor, float]:
-        """(new ids int64 [B, N] on the CPU, seconds of the call); greedy, exactly `new_tokens`."""
+        """(new ids int64 [B, N] on the CPU, seconds of the call); exactly `new_tokens`, drawn from the seed anew."""
         device = self.model.device
         input_ids, attention_mask = prompt.input_ids.to(device), prompt.attention_mask.to(device)
         # transformers would compile a static cache's forward by itself on a GPU; ours is compiled already.
         extra = {"cache_implementation": "static", "disable_compile": True} if self.name == "compiled" else {}
         with torch.no_grad(), explained(f"{self.name}, batch {len(input_ids)}, generating"):
+            if self.sampler.do_sample:
+                torch.manual_seed(self.seed)
             synchronize(device)
             start = time.perf_counter()
             ids = self.model.generate(
@@ -50,7 +55,7 @@ class Contestant:
                 attention_mask=attention_mask,
                 min_new_tokens=new_tokens,
                 max_new_tokens=new_tokens,
-                do_sample=False,
+                **self.sampler.arguments,
                 **extra,
             )
             synchronize(device)
@@ -80,6 +85,27 @@ class Contestant:
         """End a run: t_1."""
         self.runs[-1]["first_s"] = self.generate(prompt, 1)[1]
 
+    def margin(self, prompt: Prompt, row: int, new_ids: torch.Tensor) -> float:
+        """By how much (logits, fp32) the token that follows `new_ids` [N] in a row was preferred to the next best.
+
+        After penalties and bans, as greedy decoding sees them. NaN where tokens are drawn: a draw has no such margin.
+        """
+        if self.sampler.do_sample:
+            return float("nan")
+        ids = torch.cat([prompt.input_ids[row], new_ids])[None].to(self.model.device)
+        mask = torch.cat([prompt.attention_mask[row], torch.ones_like(new_ids)])[None].to(self.model.device)
+        with torch.no_grad():
+            out = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                min_new_tokens=1,
+                max_new_tokens=1,
+                return_dict_in_generate=True,
+                output_scores=True,
+                **self.sampler.arguments,
+            )
+        return top_margin(out.scores[0][0])
+
     @property
     def path(self) -> str:
         """What ran, in words; ours as it says itself after a call."""
@@ -101,7 +127,7 @@ def load_alone(point: Point, found: Checkpoint, name: str, pad: int) -> Contesta
     cls = fastllama.LlamaForCausalLM if name == "ours" else vanilla.LlamaForCausalLM
     model, seconds = checkpoint.load(found, cls, point.torch_dtype, torch.device(point.device))
     vanilla.plain_greedy(model, pad)
-    contestant = Contestant(name, model, load_s=seconds)
+    contestant = Contestant(name, model, seconds, sampler=point.workload.sampler, seed=point.workload.seed)
     if name == "ours":
         contestant.compile_s = _preallocate(model, point)
     elif name == "compiled":
@@ -117,5 +143,5 @@ def load_all(point: Point, found: Checkpoint, pad: int) -> list[Contestant]:
     for name in point.contestants[1:]:
         model = vanilla.share(subject.model, found.config)
         model.generation_config = subject.model.generation_config
-        others.append(Contestant(name, model))
+        others.append(Contestant(name, model, sampler=subject.sampler, seed=subject.seed))
     return [subject, *others]

@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from fastllama.lab import flags
+
 
 def _read(path: str) -> str | None:
     try:
@@ -59,10 +61,11 @@ def _version(package: str) -> str | None:
 
 
 def _gpu(device: torch.device) -> dict:
+    facts = dict.fromkeys(("gpu", "gpu_memory_gb", "gpu_driver", "gpu_power_limit", "cuda"))
     if device.type == "cpu":
-        return {}
+        return facts
     if device.type != "cuda":
-        return {"gpu": device.type}
+        return {**facts, "gpu": device.type}
     properties = torch.cuda.get_device_properties(device)
     # By its own identity: a visible device's index need not be its index in the machine.
     which = f"--id=GPU-{properties.uuid}"
@@ -83,12 +86,19 @@ def _memory_source(device: torch.device) -> str:
     return "anonymous memory" if os.path.exists("/proc/self/status") else "resident memory (psutil)"
 
 
+def _usable_cores() -> int | None:
+    # Not every system lets a process ask for the processors that it may run on.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+
+
 def environment(device: torch.device) -> dict:
-    """JSON-ready facts; None where the system does not tell."""
+    """JSON-ready facts, the fields of schema2.ENVIRONMENT; None where the system does not tell."""
     return {
         "cpu": cpu_name(),
         "cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
+        "usable_cores": _usable_cores(),
         "threads": torch.get_num_threads(),
+        "interop_threads": torch.get_num_interop_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_bf16": has_bf16_products(),
         "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
@@ -100,4 +110,6 @@ def environment(device: torch.device) -> dict:
         **{name: _version(name) for name in ("transformers", "accelerate", "tokenizers", "safetensors")},
         "compiler": _compiler(),
         "memory_from": _memory_source(device),
+        "flags": flags.flags(),
+        "variables": flags.variables(),
     }

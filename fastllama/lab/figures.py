@@ -2,6 +2,8 @@
 
 from statistics import median
 
+from fastllama.lab.sampler import Sampler
+
 # The fields of a point, and of its baseline, that follow from `runs`.
 DERIVED = ("tok_per_s", "decode_tok_per_s", "row_tok_per_s", "ttft_ms")
 
@@ -40,14 +42,17 @@ def spread(point: dict, name: str = "decode_tok_per_s", baseline: bool = False) 
 
 
 def workload(point: dict) -> tuple:
-    """What was asked of which model: (model, dtype, batch_size, prompt_length, new_tokens)."""
-    return tuple(point[name] for name in ("model", "dtype", "batch_size", "prompt_length", "new_tokens"))
+    """What was asked of which model: (model, dtype, batch_size, prompt_length, new_tokens, sampler in words)."""
+    sizes = tuple(point[name] for name in ("model", "dtype", "batch_size", "prompt_length", "new_tokens"))
+    # A point from before there was a sampler is greedy.
+    return (*sizes, str(Sampler(**point.get("sampler", {}))))
 
 
 def workload_name(point: dict) -> str:
     """The workload as a heading: "demo fp32, batch 1, prompt 1000, 200 new tokens"."""
-    model, dtype, batch_size, prompt_length, new_tokens = workload(point)
-    return f"{model} {dtype}, batch {batch_size}, prompt {prompt_length}, {new_tokens} new tokens"
+    model, dtype, batch_size, prompt_length, new_tokens, sampler = workload(point)
+    name = f"{model} {dtype}, batch {batch_size}, prompt {prompt_length}, {new_tokens} new tokens"
+    return name if sampler == "greedy" else f"{name}, {sampler}"
 
 
 def machine_name(point: dict) -> str:

@@ -79,22 +79,25 @@ def _blob_sha256(root: Path, blob: str) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def digests_of_commit(root: Path, commit: str) -> dict[str, str]:
-    """As sources.digests, of the files that `commit` holds. ValueError if the commit is not in this clone."""
+def digests_of_commit(root: Path, commit: str, schema: int = 2) -> dict[str, str]:
+    """As sources.digests, of the files that `commit` holds. ValueError if the commit is not in this clone.
+
+    schema: of the record whose files they are, as sources.is_source takes it.
+    """
     listing = _git(root, "ls-tree", "-r", "-z", commit)
     if listing is None:
         raise ValueError(f"commit {commit} is not in this clone")
     blobs = {}
     for entry in listing.decode("utf-8", "surrogateescape").split("\0")[:-1]:
         (_, kind, blob), name = entry.split("\t", 1)[0].split(), entry.split("\t", 1)[1]
-        if kind == "blob" and sources.is_source(name):
+        if kind == "blob" and sources.is_source(name, schema):
             blobs[name] = blob
     return {name: _blob_sha256(Path(root), blobs[name]) for name in sorted(blobs)}
 
 
-def source_sha256_of_commit(commit: str, root: Path = sources.ROOT) -> str:
+def source_sha256_of_commit(commit: str, root: Path = sources.ROOT, schema: int = 2) -> str:
     """sources.source_sha256 computed from git objects instead of the files on disk."""
-    return sources.combine(digests_of_commit(root, commit))
+    return sources.combine(digests_of_commit(root, commit, schema))
 
 
 def dirty_files(root: Path) -> list[str]:

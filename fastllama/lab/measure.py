@@ -1,24 +1,32 @@
 """Measure a point: vanilla and ours interleaved in one process, on the same weights and the same prompts."""
 
+import functools
 import gc
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
 from torch._dynamo.utils import counters
 
-from fastllama.lab import checkpoint, contestant, memory, workload
+from fastllama.lab import checkpoint, contestant, digest, memory, workload
 from fastllama.lab.ceiling import Ceiling, step_bytes
 from fastllama.lab.contestant import Contestant
 from fastllama.lab.environment import environment
 from fastllama.lab.figures import summary
-from fastllama.lab.parity import Divergence, compare, output_hash, top_margin, worst
+from fastllama.lab.parity import Divergence, compare, output_hash, worst
 from fastllama.lab.point import Point
-from fastllama.lab.vanilla import eos_ids
+from fastllama.lab.schema import SCHEMA
+from fastllama.lab.sources import source_sha256
 from fastllama.lab.workload import Prompt
 
-SCHEMA = 1
 _SAMPLE_CHARACTERS = 200
+
+
+@functools.cache
+def _source_sha256() -> str:
+    # Of when this process began to measure: the modules that it runs are those, whatever is edited meanwhile.
+    return source_sha256()
 
 
 def steps(point: Point) -> int:
@@ -27,10 +35,11 @@ def steps(point: Point) -> int:
 
 
 def measure(point: Point, progress: Callable[[str], None] = lambda doing: None) -> dict:
-    """The point's record, schema 1. `progress` is told what begins.
+    """The point's record, sealed. `progress` is told what begins.
 
     Raises `ValueError`, `OSError` or `MemoryError` in one sentence for what cannot be measured.
     """
+    source = _source_sha256()
     device = torch.device(point.device)
     found = checkpoint.find(point.model, point.torch_dtype)
     tokenizer = checkpoint.tokenizer(found)
@@ -43,9 +52,9 @@ def measure(point: Point, progress: Callable[[str], None] = lambda doing: None) 
     try:
         recompiles = _time(point, contestants, prompt, ceiling, progress)
         progress("comparing")
-        record = _record(point, contestants, prompt, tokenizer, recompiles, ceiling.gb_per_s)
+        record = _record(point, contestants, prompt, tokenizer, recompiles, ceiling)
     finally:
-        _release(point, contestants)
+        release(point, contestants)
     # Last, since two copies of the weights at once might not fit, and since these processes would leave
     # compiled code on the disk, so that compile_s would never be what a first run takes.
     for name, measured in zip(point.contestants, (record, record["baseline"]), strict=False):
@@ -55,7 +64,7 @@ def measure(point: Point, progress: Callable[[str], None] = lambda doing: None) 
         measured.update(peaks)
         # A contestant that shares the other's weights loads nothing here, but in its own process it did.
         measured["load_s"] = load_s if measured["load_s"] is None else measured["load_s"]
-    return record
+    return digest.seal({**record, "source_sha256": source})
 
 
 def _time(point: Point, contestants: list[Contestant], prompt: Prompt, ceiling: Ceiling, progress) -> int:
@@ -76,7 +85,8 @@ def _time(point: Point, contestants: list[Contestant], prompt: Prompt, ceiling: 
     return counters["stats"]["unique_graphs"] - graphs
 
 
-def _release(point: Point, contestants: list[Contestant]) -> None:
+def release(point: Point, contestants: list[Contestant]) -> None:
+    """Give back what a point took, so that the next one starts as this one did."""
     for each in contestants:
         if each.name == "ours":
             each.model.free()
@@ -94,12 +104,7 @@ def _parity(point: Point, subject: Contestant, reference: Contestant, prompt: Pr
     reference_BN = next(iter(reference.outputs.values()))
 
     def margin(row: int, position: int) -> float:
-        real = prompt.input_ids[row, -prompt.lengths[row] :]
-        tokens = torch.cat([real, reference_BN[row, :position]])[None].to(reference.model.device)
-        with torch.no_grad():
-            logits = reference.model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits[0, -1]
-        # As many new tokens as asked for were made, so the end of the text was never allowed.
-        return top_margin(logits, eos_ids(reference.model))
+        return reference.margin(prompt, row, reference_BN[row, :position])
 
     judged = {}
     for name, ids_BN in subject.outputs.items():
@@ -119,11 +124,15 @@ def _figures(point: Point, each: Contestant) -> dict:
     }
 
 
+def _divergence(found: Divergence) -> dict:
+    return {**asdict(found), "margin": found.margin if math.isfinite(found.margin) else None}
+
+
 def _ratio(above: float | None, below: float | None) -> float | None:
     return None if above is None or not below else above / below
 
 
-def _record(point: Point, contestants, prompt: Prompt, tokenizer, recompiles: int, ceiling: float) -> dict:
+def _record(point: Point, contestants, prompt: Prompt, tokenizer, recompiles: int, ceiling: Ceiling) -> dict:
     subject = contestants[0]
     reference = contestants[1] if len(contestants) > 1 else subject
     reference_hash = next(iter(reference.outputs))
@@ -139,20 +148,23 @@ def _record(point: Point, contestants, prompt: Prompt, tokenizer, recompiles: in
     return {
         "schema": SCHEMA,
         **point.identity(),
+        "switch_defaults": point.switch_defaults(),
         **ours,
         "compile_s": subject.compile_s,
         "hash": name,
         "reference_hash": reference_hash,
         "parity": "reference" if baseline is None else verdict,
-        "first_divergence": asdict(divergence) if isinstance(divergence, Divergence) else None,
+        "first_divergence": None if divergence is None else _divergence(divergence),
         "recompiles_after_warmup": recompiles,
         "baseline": baseline,
         "speedup": ours["tok_per_s"] / against["tok_per_s"],
         "decode_speedup": _ratio(ours["decode_tok_per_s"], against["decode_tok_per_s"]),
         "prompt_hash": output_hash(prompt.input_ids),
+        "step_bytes": step,
         "read_gb_per_s": read,
-        "ceiling_gb_per_s": ceiling,
-        "ceiling_fraction": _ratio(read, ceiling),
+        "ceiling_runs_gb_per_s": ceiling.samples,
+        "ceiling_gb_per_s": ceiling.gb_per_s,
+        "ceiling_fraction": _ratio(read, ceiling.gb_per_s),
         "distinct_tokens": len(set(ids_BN[0].tolist())),
         "text_sample": tokenizer.decode(ids_BN[0])[:_SAMPLE_CHARACTERS],
         "environment": environment(torch.device(point.device)),

@@ -67,11 +67,9 @@ def worst(verdicts: list[str]) -> str:
     return max(verdicts, key=VERDICTS.index)
 
 
-def top_margin(logits_V: torch.Tensor, never: list[int] = ()) -> float:
-    """Top-1 minus top-2 of one position's logits, as fp32; `never` lists ids that were not allowed there."""
-    logits_V = logits_V.float().clone()
-    logits_V[list(never)] = float("-inf")
-    first, second = logits_V.topk(2).values.tolist()
+def top_margin(logits_V: torch.Tensor) -> float:
+    """Top-1 minus top-2 of one position's logits, as fp32."""
+    first, second = logits_V.float().topk(2).values.tolist()
     return first - second
 
 

@@ -152,8 +152,8 @@ def _curve(axes, xs, points, baseline, label, **style):
 def sweep(points: list[dict], path: Path) -> Path:
     """Draw tok/s of a sweep's points, ours and vanilla's, against what the sweep varies.
 
-    points: as record.read_jsonl gives; of points measured twice the last counts. Returns the path. ValueError if
-    there are no points or they are not one sweep.
+    points: as points_file.read_measured gives; of points measured twice the last counts. Returns the path.
+    ValueError if there are no points or they are not one sweep.
     """
     path = _target(path)
     if not points:

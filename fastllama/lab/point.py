@@ -54,7 +54,7 @@ class Point:
     @classmethod
     def from_dict(cls, values: dict) -> "Point":
         """The point that `asdict` was taken of."""
-        return cls(**{**values, "workload": Workload(**values["workload"])})
+        return cls(**{**values, "workload": Workload.from_dict(values["workload"])})
 
     def _config(self):
         known = fastllama.FastConfig.__dataclass_fields__
@@ -107,8 +107,14 @@ class Point:
             "new_tokens": self.workload.new_tokens,
             "cache_length": self.positions,
             "seed": self.workload.seed,
+            "sampler": self.workload.sampler.arguments,
             "switches": {"preallocate": self.preallocate, **config, "compile": self.compile},
         }
+
+    def switch_defaults(self) -> dict:
+        """The default of each switch that `identity` names."""
+        config = asdict(fastllama.FastConfig()) if self.preallocate else {}
+        return {"preallocate": Point.preallocate, **config, "compile": fastllama.FastConfig.compile}
 
     def command(self) -> str:
         """The command line that measures this point alone; a path is given by its last part."""
@@ -116,12 +122,15 @@ class Point:
         words += ["--preallocate"] if self.preallocate else []
         words += ["--compile", self.compile]
         for name, value in sorted(self.switches.items()):
-            if name != "compile":
+            if name != "compile" and value is not None:
                 words += [_flag(name), str(value)]
-        sizes = {name: value for name, value in asdict(self.workload).items() if name != "prompt_file"}
+        sizes = asdict(self.workload)
+        del sizes["prompt_file"], sizes["sampler"]
         sizes["cache_length"] = self.cache_length
         for name, value in {**sizes, "runs": self.runs, "warmup": self.warmup}.items():
             words += [_flag(name), str(value)] if value is not None else []
+        for name, value in self.workload.sampler.given.items():
+            words += [_flag(name)] if value is True else [_flag(name), str(value)]
         if self.workload.prompt_file is not None:
             words += ["--prompt-file", Path(self.workload.prompt_file).name]
         return shlex.join(words)

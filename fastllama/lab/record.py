@@ -1,18 +1,14 @@
 """Records: measured points kept for good, each naming the commit and the source it measured."""
 
-import json
-import logging
 import os
 import re
 from datetime import datetime, timezone
 from pathlib import Path
 
-from fastllama.lab import board, changes, git, schema, words
+from fastllama.lab import board, changes, digest, git, schema, words
 from fastllama.lab.sources import ROOT, source_sha256
 
-__all__ = ["append_jsonl", "check_recordable", "read", "read_all", "read_jsonl", "save", "source_sha256", "verify"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["check_recordable", "read", "read_all", "save", "source_sha256", "verify"]
 
 
 def check_recordable(commit: str | None = None, root: Path = ROOT) -> str:
@@ -80,12 +76,13 @@ def save(point: dict, what: str, prediction: str | None = None, commit: str | No
         "source_sha256": source,
         "recorded_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    record = {**header, **{name: value for name, value in point.items() if name not in header}}
+    schema.check_point(point, "the measured point")
+    record = _sealed({**header, **{name: value for name, value in point.items() if name not in header}})
     schema.check_record(record, "the measured point")
     folder = _claim(root / words.LOGS, commit)
     path = folder / "record.json"
     try:
-        words.dump_json(path, {**record, "id": folder.name})
+        words.dump_json(path, _sealed({**record, "id": folder.name}))
     except BaseException:
         if not path.exists():
             folder.rmdir()
@@ -96,6 +93,11 @@ def save(point: dict, what: str, prediction: str | None = None, commit: str | No
     except ValueError as fault:
         raise ValueError(f"the record is kept as {path}, but {changes.NAME} is not rendered: {fault}") from None
     return path
+
+
+def _sealed(record: dict) -> dict:
+    # A point keeps the schema that it was measured under.
+    return record if record["schema"] == 1 else digest.seal(record)
 
 
 def _render(root: Path) -> None:
@@ -129,7 +131,7 @@ def verify(record: dict, root: Path = ROOT) -> bool:
     name, commit = f"record {record['id']}", record["commit"]
     if not git.has_commit(root, commit):
         return False
-    if git.source_sha256_of_commit(commit, root) != record["source_sha256"]:
+    if git.source_sha256_of_commit(commit, root, record["schema"]) != record["source_sha256"]:
         raise ValueError(f"{name}: its source hash is not that of commit {commit[:7]}, so it measured something else")
     if record["prediction_committed"] and not words.is_committed(record["what"], record["prediction"], commit, root):
         raise ValueError(f"{name}: its prediction is not in {words.PREDICTIONS} at commit {commit[:7]}")
@@ -143,58 +145,3 @@ def read_all(root: Path = ROOT) -> list[dict]:
     for record in records:
         verify(record, root)
     return records
-
-
-def append_jsonl(path: Path, point: dict) -> None:
-    """Add one point as a line, on disk before this returns. A line that an interruption cut short is removed.
-
-    ValueError if the point does not follow the schema, since it could not be read again.
-    """
-    path = Path(path)
-    schema.check_point(point, f"a point for {path}")
-    line = json.dumps(point, allow_nan=False) + "\n"
-    with open(path, "a+b") as file:
-        file.seek(0)
-        tail = file.read().rpartition(b"\n")[2]
-        if tail:
-            if _is_json(tail):
-                line = "\n" + line
-            else:
-                logger.warning("%s: the last line was cut short and is removed", path)
-                file.truncate(file.tell() - len(tail))
-        file.write(line.encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """The points of a file that append_jsonl wrote; [] if there is none.
-
-    A last line that an interruption cut short is left out, with a warning: it has to be measured again. Any
-    other fault is a ValueError naming the file and the line.
-    """
-    path = Path(path)
-    if not path.exists():
-        return []
-    *lines, tail = path.read_bytes().split(b"\n")
-    if tail and _is_json(tail):
-        lines.append(tail)
-    elif tail:
-        logger.warning("%s: the last line was cut short and is left out", path)
-    points = []
-    for number, line in enumerate(lines, 1):
-        where = f"{path} line {number}"
-        if not line.strip():
-            continue
-        if not _is_json(line):
-            raise ValueError(f"{where}: not valid JSON")
-        points.append(schema.check_point(json.loads(line), where))
-    return points
-
-
-def _is_json(text: bytes) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True

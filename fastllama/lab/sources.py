@@ -8,15 +8,20 @@ ROOT = Path(__file__).resolve().parents[2]
 _TOP_LEVEL = ("run_llama.py", "setup.py")
 _PACKAGE = "fastllama/"
 # Prompts, tokenizer and weights decide a hash and a speed as much as the code does.
-_SUFFIXES = (".py", ".safetensors", ".json", ".txt")
+_SUFFIXES = (".py", ".safetensors", ".json", ".txt", ".cpp", ".h")
+# Records of schema 1 were hashed without the C++ sources, and are verified so.
+_SUFFIXES_1 = (".py", ".safetensors", ".json", ".txt")
 
 
-def is_source(path: str) -> bool:
-    """True if the file at `path` (relative to the repository, with "/") takes part in a measurement."""
+def is_source(path: str, schema: int = 2) -> bool:
+    """True if the file at `path` (relative to the repository, with "/") takes part in a measurement.
+
+    schema: of the record whose hash it is.
+    """
     if path in _TOP_LEVEL:
         return True
     hidden = any(part.startswith(".") or part == "__pycache__" for part in path.split("/"))
-    return path.startswith(_PACKAGE) and path.endswith(_SUFFIXES) and not hidden
+    return path.startswith(_PACKAGE) and path.endswith(_SUFFIXES_1 if schema == 1 else _SUFFIXES) and not hidden
 
 
 def digests(root: Path = ROOT) -> dict[str, str]:

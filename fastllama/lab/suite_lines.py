@@ -6,7 +6,7 @@ vanilla is transformers' own class, eager, in turns with ours.
 
 from dataclasses import replace
 
-from fastllama.lab import measure, rounds, start, sweep
+from fastllama.lab import digest, measure, rounds, start, sweep
 from fastllama.lab.line import NOT_COMPARED, Bound, Case, Line, Measured
 from fastllama.lab.point import Point
 
@@ -21,7 +21,9 @@ class Alone(Point):
 
 def _point(point: Point) -> dict:
     record = measure.measure(point)
-    return {**record, "parity": NOT_COMPARED, "reference_hash": None} if isinstance(point, Alone) else record
+    if not isinstance(point, Alone):
+        return record
+    return digest.seal({**record, "parity": NOT_COMPARED, "reference_hash": None})
 
 
 def _over(above: float | None, below: float | None) -> float | None:

@@ -1,89 +1,149 @@
-"""Several points, one after the other: kept as soon as they are measured, and not measured twice."""
+"""A plan's points, one after the other: kept as soon as they are measured, and not measured twice."""
 
-from collections.abc import Callable, Iterator
-from itertools import product
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from fastllama.lab import measure, record
+import torch
+
+from fastllama.lab import figures, measure, points_file, record
+from fastllama.lab.environment import environment
 from fastllama.lab.fault import sentence
+from fastllama.lab.peak import Fit, fit
+from fastllama.lab.plan import Plan, Planned
 from fastllama.lab.point import Point
-from fastllama.lab.workload import Workload
 
-BATCH_SIZES = [1, 2, 4, 8, 16, 32, 64, 128]
-PROMPT_LENGTHS = [100, 200, 400, 800, 1600]
-RUNS = 10
+Identity = tuple[str, str, str]
 
 
-def workloads(batch_sizes: list[int], prompt_lengths: list[int], new_tokens: list[int], **rest) -> Iterator[Workload]:
-    """The product of the sizes, the last varying fastest."""
-    for batch_size, prompt_length, count in product(batch_sizes, prompt_lengths, new_tokens):
-        yield Workload(batch_size, prompt_length, count, **rest)
+def identity(entry: dict) -> Identity:
+    """Two entries are the same point if one command line names both, on the same source and machine."""
+    return entry["command"], entry.get("source_sha256", ""), figures.machine_name(entry)
 
 
-def file_name(kind: str, point: Point) -> str:
-    """Where a sweep keeps its points, when it is not told: one file per model, dtype, device and way to run."""
-    way = "preallocate" if point.preallocate else "vanilla"
-    model = point.model_name.replace(":", "-").replace("/", "-")
-    return f"{kind}-{model}-{point.dtype}-{point.device.replace(':', '-')}-{way}-{point.compile}.jsonl"
+@dataclass(frozen=True)
+class Setting:
+    """What every point of a run shares: the sources, and the facts of the machine by device."""
+
+    source_sha256: str
+    environments: dict[str, dict]
+
+    @classmethod
+    def of(cls, points: list[Point]) -> "Setting":
+        devices = {point.device for point in points}
+        return cls(record.source_sha256(), {device: environment(torch.device(device)) for device in devices})
+
+    def entry(self, point: Point) -> dict:
+        """What names a point in a file, whether it was measured or not."""
+        return {
+            **point.identity(),
+            "command": point.command(),
+            "source_sha256": self.source_sha256,
+            "environment": self.environments[point.device],
+        }
+
+    def identity(self, point: Point) -> Identity:
+        return identity(self.entry(point))
 
 
-def identity(command: str, source_sha256: str) -> tuple[str, str]:
-    """Two points are the same if one command line names both and the same source measured them."""
-    return command, source_sha256
+def known(file: Path | None) -> dict[Identity, dict]:
+    """What a file already holds, the last entry of each point. `ValueError` if a line is no entry."""
+    return {} if file is None else {identity(entry): entry for entry in points_file.read(file)}
 
 
-def measured(path: Path) -> dict[tuple, dict]:
-    """The points that a file already holds, by identity. `ValueError` if a line is not a point."""
-    if not Path(path).exists():
-        return {}
-    found = {}
-    for number, point in enumerate(record.read_jsonl(path), 1):
-        if not isinstance(point, dict) or "command" not in point:
-            raise ValueError(f"{path}: line {number} is not a measured point")
-        found[identity(point["command"], point.get("source_sha256"))] = point
-    return found
+def is_done(entry: dict | None, retry_failed: bool) -> bool:
+    """Whether a resumed sweep leaves a point as it is.
+
+    What was skipped is judged again, since another moment has other memory; what failed is kept, since it would
+    fail again, unless it shall be tried anew.
+    """
+    if entry is None or entry.get("status") == "skipped":
+        return False
+    return points_file.is_measured(entry) or not retry_failed
 
 
 def run(
-    points: list[Point],
+    plan: Plan,
     *,
     file: Path | None,
     resume: bool,
     begin: Callable[[str], None],
     show: Callable[[dict], None],
     say: Callable[[str], None],
-) -> tuple[list[dict], int]:
-    """Measure the points in order; (records, how many failed).
+    retry_failed: bool = False,
+) -> list[dict]:
+    """Measure the points in order; the entry of each, measured, failed or skipped.
 
-    Each record is appended to `file` before it is shown and before the next point starts. With `resume`, a
-    point that the file holds is taken from there. A point that fails is reported with `say`, and the next
-    one starts; if it is the only one, its error is raised.
+    Each is appended to `file` before it is shown and before the next point starts. With `resume`, a point that the
+    file holds is taken from there (see `is_done`). A point that cannot fit in memory is skipped and one that fails
+    is kept with the reason; both are reported with `say`, and the next one starts. If nothing is varied,
+    the one point's error is raised.
     """
-    source_sha256 = record.source_sha256()
-    known = measured(file) if resume and file is not None else {}
-    records, failures = [], 0
-    for point in points:
-        old = known.get(identity(point.command(), source_sha256))
-        if old is not None:
-            say(f"already in {file}: {_words(point)}")
-            records.append(old)
+    setting = Setting.of(plan.points)
+    held = known(file) if resume else {}
+    for name, reason in plan.left_out:
+        say(f"left out: {name}: {reason}")
+    entries = []
+    for each in plan.planned:
+        old = held.get(setting.identity(each.point))
+        if is_done(old, retry_failed):
+            say(f"already in {file}: {each.name}" + _failed(old))
+            entries.append(old)
             continue
-        try:
-            measured_point = measure.measure(point, begin)
-        except (ValueError, OSError, MemoryError, RuntimeError) as fault:
-            if len(points) == 1:
-                raise
-            say(f"error: {_words(point)}: {sentence(fault)}")
-            failures += 1
-            continue
-        measured_point["source_sha256"] = source_sha256
-        if file is not None:
-            record.append_jsonl(file, measured_point)
-        records.append(measured_point)
-        show(measured_point)
-    return records, failures
+        entry = _one(each, setting, begin, alone=not plan.axes)
+        # A point that is skipped as before is in the file already.
+        if file is not None and not (old is not None and entry.get("status") == old.get("status") == "skipped"):
+            points_file.append(file, entry)
+        entries.append(entry)
+        if points_file.is_measured(entry):
+            show(entry)
+        else:
+            say(f"{'error' if entry['status'] == 'failed' else 'skipped'}: {each.name}: {entry['reason']}")
+    return entries
 
 
-def _words(point: Point) -> str:
-    work = point.workload
-    return f"batch {work.batch_size}, prompt {work.prompt_length}, {work.new_tokens} new tokens"
+def exit_code(entries: list[dict]) -> int:
+    """2 if a point failed, or if none was measured; what was skipped beside others was foreseen, and is no error."""
+    statuses = {entry.get("status") for entry in entries}
+    return 2 if "failed" in statuses or statuses == {"skipped"} else 0
+
+
+def _failed(entry: dict) -> str:
+    return "" if points_file.is_measured(entry) else f" (failed: {entry['reason']}; --retry-failed tries again)"
+
+
+def _one(each: Planned, setting: Setting, begin: Callable[[str], None], alone: bool) -> dict:
+    """The entry of one point. If it is alone, what keeps it from being measured is raised."""
+    point = each.point
+    try:
+        room = fit(point)
+        if room.fits:
+            entry = measure.measure(point, begin)
+            entry.setdefault("source_sha256", setting.source_sha256)
+            return entry
+        if alone:
+            raise MemoryError(f"{point.model_name} cannot run: {room}")
+        return _skipped(point, setting, room)
+    except Exception as fault:
+        # Whatever ends one point must not end those after it.
+        if alone:
+            raise
+        # A folder's path is this machine's business, as in Point.
+        entry = _unmeasured(point, setting, "failed", _reason(fault).replace(point.model, point.model_name))
+    measure.release(point, [])  # what the failure's frames held is free only now
+    return entry
+
+
+def _reason(fault: Exception) -> str:
+    known = isinstance(fault, (ValueError, OSError, MemoryError))
+    return sentence(fault) if known else f"{type(fault).__name__}: {sentence(fault)}"
+
+
+def _unmeasured(point: Point, setting: Setting, status: str, reason: str, **more) -> dict:
+    head = {"schema": points_file.SCHEMA, "status": status, "reason": reason}
+    return {**head, **setting.entry(point), **more}
+
+
+def _skipped(point: Point, setting: Setting, room: Fit) -> dict:
+    more = {"predicted_mb": room.needed / 1e6, "free_mb": room.free / 1e6}
+    return _unmeasured(point, setting, "skipped", str(room), **more)

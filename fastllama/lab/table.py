@@ -6,10 +6,11 @@ from rich.text import Text
 
 from fastllama.lab.figures import spread, workload_name
 
-_PARITY_STYLES = {"exact": "green", "reference": "dim", "tie": "yellow", "half": "yellow", "differs": "bold red"}
+PARITY_STYLES = {"exact": "green", "reference": "dim", "tie": "yellow", "half": "yellow", "differs": "bold red"}
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Three digits or more; "-" for what was not measured."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
@@ -20,8 +21,8 @@ def _cell(point: dict, name: str, baseline: bool) -> str:
     source = point["baseline"] if baseline else point
     ends = spread(point, name, baseline)
     if ends is None or len(source["runs"]) < 2:
-        return _number(source[name])
-    return "\n".join([_number(source[name]), *map(_number, ends)])
+        return number(source[name])
+    return "\n".join([number(source[name]), *map(number, ends)])
 
 
 def _row(point: dict, baseline: bool) -> list:
@@ -34,9 +35,9 @@ def _row(point: dict, baseline: bool) -> list:
     return [
         name + ("\n  min\n  max" if len(source["runs"]) > 1 else ""),
         *(_cell(point, name, baseline) for name in ("tok_per_s", "decode_tok_per_s", "ttft_ms")),
-        _number(source["max_mem_mb"]),
+        number(source["max_mem_mb"]),
         source["hash"],
-        Text(parity, style=_PARITY_STYLES[parity]),
+        Text(parity, style=PARITY_STYLES[parity]),
         speedup if decode is None else f"{speedup}\n({decode:.2f}x)",
     ]
 
@@ -61,10 +62,9 @@ def _notes(point: dict, is_random: bool) -> list:
     )
     found = point["first_divergence"]
     if found is not None:
-        lines.append(
-            f"first divergence: row {found['row']}, new token {found['position']}, "
-            f"where the reference's top-1/top-2 margin is {found['margin']:.2g}"
-        )
+        margin = found["margin"]
+        why = "" if margin is None else f", where the reference's top-1/top-2 margin is {margin:.2g}"
+        lines.append(f"first divergence: row {found['row']}, new token {found['position']}{why}")
     if point["parity"] == "differs":
         lines.append(Text("the outputs differ from vanilla transformers: this speed is not for the same text", "red"))
     if is_random:
@@ -93,19 +93,3 @@ def point_table(point: dict, is_random: bool) -> Group:
     table.add_row(*_row(point, baseline=False))
     # Not as markup: a path may hold brackets.
     return Group(table, *(line if isinstance(line, Text) else Text(line) for line in _notes(point, is_random)))
-
-
-def summary_table(points: list[dict]) -> Table:
-    """Several points, one row each."""
-    table = Table(title="all points", title_justify="left", padding=(0, 0, 0, 1))
-    for name in ("batch", "prompt", "new", "tok/s", "decode tok/s", "first token ms", "peak MB", "speed-up"):
-        table.add_column(name, justify="right")
-    table.add_column("parity")
-    for point in points:
-        table.add_row(
-            *(str(point[name]) for name in ("batch_size", "prompt_length", "new_tokens")),
-            *(_number(point[name]) for name in ("tok_per_s", "decode_tok_per_s", "ttft_ms", "max_mem_mb")),
-            f"{point['speedup']:.2f}x",
-            Text(point["parity"], style=_PARITY_STYLES[point["parity"]]),
-        )
-    return table

@@ -28,12 +28,6 @@ def compile_forward(vanilla: LlamaForCausalLM, mode: str) -> None:
     vanilla.forward = torch.compile(vanilla.forward, dynamic=mode == "dynamic", fullgraph=True, mode=torch_mode)
 
 
-def eos_ids(model) -> list[int]:
-    """Ids that end a text: none, one or several."""
-    eos = model.generation_config.eos_token_id
-    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-
-
 def plain_greedy(model, pad: int) -> None:
     """Drop the sampling defaults that a checkpoint brings: they warn under greedy, and penalties change it."""
     old = model.generation_config

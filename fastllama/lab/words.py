@@ -9,7 +9,7 @@ import json
 import os
 from pathlib import Path
 
-from fastllama.lab import git
+from fastllama.lab import fields, git
 from fastllama.lab.sources import ROOT
 
 LOGS = "tb_logs"
@@ -21,9 +21,12 @@ _UNMEASURED = {"what": str, "command": str}
 
 
 def load_json(path: Path):
-    """The content of a JSON file. ValueError, naming the file, if it is not JSON; FileNotFoundError if absent."""
+    """The content of a JSON file. ValueError, naming the file, if it is not JSON or has a key twice in an object.
+
+    FileNotFoundError if there is none.
+    """
     try:
-        return json.loads(Path(path).read_bytes())
+        return json.loads(Path(path).read_bytes(), object_pairs_hook=fields.only_once)
     except (ValueError, RecursionError) as fault:
         raise ValueError(f"{path}: not valid JSON: {fault}") from None
 

@@ -4,28 +4,35 @@ B batch, P prompt tokens (of the longest row)
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from fastllama.demo.text import held_out_text
+from fastllama.lab.sampler import Sampler
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Sizes in rows and tokens. Raises `ValueError` on a size below one."""
+    """Sizes in rows and tokens; `seed` places the prompts and begins the draws. `ValueError` on a size below one."""
 
     batch_size: int = 1
     prompt_length: int = 1000
     new_tokens: int = 200
     seed: int = 0
     prompt_file: str | None = None
+    sampler: Sampler = field(default_factory=Sampler)
 
     def __post_init__(self):
         for name in ("batch_size", "prompt_length", "new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Workload":
+        """The workload that `asdict` was taken of."""
+        return cls(**{**values, "sampler": Sampler(**values["sampler"])})
 
     @property
     def total_length(self) -> int:

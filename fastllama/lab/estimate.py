@@ -1,0 +1,72 @@
+"""About how long a point will take, from sizes and from two rates of this machine. Good to a factor of two or three."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from fastllama.lab import checkpoint
+from fastllama.lab.ceiling import Ceiling
+from fastllama.lab.contestant import synchronize
+from fastllama.lab.point import DTYPES, Point
+
+_START_S = 8.0  # a process up to its first import of a model
+_LOAD_BYTES_PER_S = 1e9
+_COMPILE_S = {"no": 0.0, "native": 1.0, "static": 40.0, "dynamic": 60.0}
+# What Python and torch's dispatch take for each layer of a step, whatever its size.
+_LAYER_S = {"vanilla": 4e-4, "compiled": 1e-4, "ours": 2e-4}
+_SIDE = 1024
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does per second: bytes read, and operations of a product of matrices by dtype."""
+
+    bytes_per_s: float
+    flop_per_s: dict[str, float]
+
+    @classmethod
+    def measure(cls, device: str, dtypes: set[str]) -> "Rates":
+        """A second or two of measuring."""
+        place = torch.device(device)
+        return cls(Ceiling(place).measure() * 1e9, {name: _flop_per_s(place, DTYPES[name]) for name in dtypes})
+
+
+def _flop_per_s(device: torch.device, dtype: torch.dtype) -> float:
+    matrix = torch.ones(_SIDE, _SIDE, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(3):
+        synchronize(device)
+        start = time.perf_counter()
+        matrix @ matrix
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * _SIDE**3 / best
+
+
+def seconds(point: Point, rates: Rates) -> float:
+    """Loading, compiling, warm-up, the timed runs, and the processes that measure memory."""
+    found = checkpoint.outline(point.model, point.torch_dtype)
+    itemsize, work = point.torch_dtype.itemsize, point.workload
+    parameters = found.parameter_count
+    load_s = parameters * itemsize / _LOAD_BYTES_PER_S
+    row_bytes = checkpoint.position_bytes(found.config, itemsize) * (work.prompt_length + work.new_tokens / 2)
+    step_bytes = parameters * itemsize + work.batch_size * row_bytes
+    # A product takes two operations for each of its weights and rows.
+    row_s = 2 * parameters / rates.flop_per_s[point.dtype]
+    total = load_s
+    for name in point.contestants:
+        overhead_s = found.config.num_hidden_layers * _LAYER_S[name]
+        first_s = work.batch_size * work.prompt_length * row_s + overhead_s
+        step_s = max(step_bytes / rates.bytes_per_s, work.batch_size * row_s) + overhead_s
+        whole_s = first_s + (work.new_tokens - 1) * step_s
+        total += (point.warmup + point.runs) * (whole_s + first_s) + _START_S + load_s + whole_s
+        total += 0.0 if name == "vanilla" else 2 * _COMPILE_S[point.compile]
+    return total
+
+
+def words(duration_s: float) -> str:
+    """A duration as people say it: "40 s", "12 min", "3.5 h"."""
+    if duration_s < 100:
+        return f"{duration_s:.0f} s"
+    return f"{duration_s / 60:.0f} min" if duration_s < 6000 else f"{duration_s / 3600:.1f} h"

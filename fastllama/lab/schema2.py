@@ -1,0 +1,182 @@
+"""Schema 2 of points and records: everything a later reader needs, no field unknown, sealed by a digest."""
+
+import json
+from statistics import median
+
+from fastllama.lab import digest, schema1
+from fastllama.lab.fields import (
+    agree,
+    check,
+    flag,
+    hash8,
+    name,
+    number,
+    object_,
+    or_null,
+    scalar,
+    sha256,
+    show,
+    small_count,
+    small_size,
+    text,
+    word,
+)
+from fastllama.lab.schema1 import COMPILES, DTYPES, PARITIES, ratio
+
+# Figures are stored as they were computed; another order of the same sums may change the last digits.
+_EXACT = 1e-9, 1e-12
+
+_MEASURED = {
+    "path": name,
+    "tok_per_s": number,
+    "decode_tok_per_s": or_null(number),
+    "row_tok_per_s": or_null(number),
+    "ttft_ms": number,
+    "load_s": number,
+    "warmup_s": number,
+    "runs": lambda value: True,  # schema1.check_runs says more
+    "hash": hash8,
+    "max_mem_mb": number,
+    "max_reserved_mb": number,
+    "mapped_weights_mb": or_null(number),
+}
+_POINT = {
+    "schema": small_count,
+    "model": name,
+    "dtype": word(*DTYPES),
+    "device": name,
+    "batch_size": small_size,
+    "prompt_length": small_size,
+    "new_tokens": small_size,
+    "cache_length": small_size,
+    "seed": small_count,
+    "switches": object_,
+    "switch_defaults": object_,
+    **_MEASURED,
+    "compile_s": number,
+    "reference_hash": hash8,
+    "parity": word(*PARITIES),
+    "first_divergence": or_null(object_),
+    "recompiles_after_warmup": small_count,
+    "baseline": or_null(object_),
+    "speedup": number,
+    "decode_speedup": or_null(number),
+    "prompt_hash": hash8,
+    "step_bytes": small_size,
+    "read_gb_per_s": or_null(number),
+    "ceiling_runs_gb_per_s": lambda value: isinstance(value, list) and value and all(map(number, value)),
+    "ceiling_gb_per_s": number,
+    "ceiling_fraction": or_null(number),
+    "distinct_tokens": small_size,
+    "text_sample": text,
+    "environment": object_,
+    "command": name,
+    "source_sha256": sha256,
+    "digest": sha256,
+}
+_POINT["ceiling_runs_gb_per_s"].wanted = "a list of at least one number"
+ENVIRONMENT = {
+    "cpu": name,
+    "cores": small_size,
+    "usable_cores": or_null(small_size),
+    "threads": small_size,
+    "interop_threads": small_size,
+    "cpu_capability": name,
+    "cpu_bf16": flag,
+    "governor": or_null(name),
+    "ram_gb": number,
+    "gpu": or_null(name),
+    "gpu_memory_gb": or_null(number),
+    "gpu_driver": or_null(name),
+    "gpu_power_limit": or_null(name),
+    "cuda": or_null(name),
+    "os": name,
+    "python": name,
+    "torch": name,
+    "transformers": or_null(name),
+    "accelerate": or_null(name),
+    "tokenizers": or_null(name),
+    "safetensors": or_null(name),
+    "compiler": or_null(name),
+    "memory_from": name,
+    "flags": object_,
+    "variables": object_,
+}
+_DIVERGENCE = {"row": small_count, "position": small_count, "margin": or_null(number)}
+# A point without one took the likeliest token.
+_OPTIONAL = {"sampler": object_}
+
+
+def _no_path(value) -> bool:
+    return isinstance(value, str) and not {"/", "\\"} & set(value)
+
+
+_no_path.wanted = "a string without a path"
+
+
+def _check_switches(point: dict) -> None:
+    switches, defaults = point["switches"], point["switch_defaults"]
+    check(switches, {"preallocate": flag, "compile": word(*COMPILES)}, "switches.")
+    check(switches, dict.fromkeys(switches, scalar), "switches.")
+    check(defaults, dict.fromkeys(switches, scalar), "switch_defaults.", closed=True)
+
+
+def _check_environment(point: dict) -> None:
+    environment = point["environment"]
+    check(environment, ENVIRONMENT, "environment.", closed=True)
+    if point["device"] != "cpu":
+        check(environment, {"gpu": name}, "environment.")
+    check(environment["variables"], dict.fromkeys(environment["variables"], _no_path), "environment.variables.")
+    check(environment["flags"], dict.fromkeys(environment["flags"], object_), "environment.flags.")
+    for flag_name, both in environment["flags"].items():
+        check(both, {"value": scalar, "default": scalar}, f"environment.flags.{flag_name}.", closed=True)
+
+
+def _check_parity(point: dict) -> None:
+    schema1.check_parity(point)
+    parity, divergence, baseline = point["parity"], point["first_divergence"], point["baseline"]
+    if (point["hash"] == point["reference_hash"]) != (parity in ("exact", "reference")):
+        raise ValueError(f"parity is {parity} but hash is {point['hash']} beside {point['reference_hash']}")
+    if (divergence is None) != (parity in ("exact", "reference")):
+        raise ValueError(f"parity is {parity} but first_divergence is {show(divergence)}")
+    if divergence is not None:
+        check(divergence, _DIVERGENCE, "first_divergence.", closed=True)
+        if divergence["row"] >= point["batch_size"] or divergence["position"] >= point["new_tokens"]:
+            raise ValueError("field first_divergence names a token that was not generated")
+    if baseline is not None and parity == "reference":
+        raise ValueError("parity is reference but there is a baseline to compare with")
+    if baseline is not None and baseline["hash"] != point["reference_hash"]:
+        raise ValueError(f"field baseline.hash is {baseline['hash']} but reference_hash is {point['reference_hash']}")
+
+
+def _check_sizes(point: dict) -> None:
+    if point["cache_length"] < point["prompt_length"] + point["new_tokens"]:
+        raise ValueError(f"field cache_length is {point['cache_length']}, too short for prompt and new tokens")
+    if point["distinct_tokens"] > point["new_tokens"]:
+        raise ValueError(f"field distinct_tokens is {point['distinct_tokens']} of {point['new_tokens']} new tokens")
+
+
+def check_point(point: dict, also: dict | None = None) -> None:
+    """ValueError, naming the field, if the object is not a point of schema 2; also: further fields, a record's."""
+    optional = {field: kind for field, kind in _OPTIONAL.items() if field in point}
+    check(point, {**_POINT, **optional, **(also or {})}, closed=True)
+    sampler = point.get("sampler", {})
+    check(sampler, dict.fromkeys(sampler, scalar), "sampler.")
+    _check_switches(point)
+    _check_environment(point)
+    schema1.check_runs(point, closed=True)
+    baseline = point["baseline"]
+    if baseline is not None:
+        check(baseline, _MEASURED, "baseline.", closed=True)
+        schema1.check_runs(baseline, "baseline.", closed=True)
+    _check_sizes(point)
+    _check_parity(point)
+    schema1.check_derived(point, _EXACT)
+    agree("ceiling_gb_per_s", point["ceiling_gb_per_s"], median(point["ceiling_runs_gb_per_s"]), *_EXACT)
+    row = point["row_tok_per_s"]
+    read = None if row is None else point["step_bytes"] * row / 1e9
+    agree("read_gb_per_s", point["read_gb_per_s"], read, *_EXACT)
+    if ratio(read, point["ceiling_gb_per_s"]) is None and read is not None:
+        raise ValueError("field ceiling_gb_per_s is 0, which no memory is")
+    json.dumps(point, ensure_ascii=False).encode()  # text that UTF-8 cannot hold could not be shown
+    digest.check(point)

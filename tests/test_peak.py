@@ -1,0 +1,77 @@
+"""Predicted peaks of memory beside those that a process of its own has."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from fastllama.lab import memory, peak
+from fastllama.lab.point import Point
+from fastllama.lab.workload import Workload
+
+
+def a_point(model="demo", **changes):
+    values = {"dtype": "fp32", "device": "cpu", "workload": Workload(1, 12, 4), "preallocate": True, **changes}
+    return Point(model, **values)
+
+
+# A large cache, and a large prompt: most of what is predicted is not the interpreter.
+LIVE = {
+    "cache": (a_point(cache_length=150_000), "ours"),
+    "prefill": (a_point(workload=Workload(64, 400, 1)), "vanilla"),
+    "prefill of ours": (a_point(workload=Workload(64, 400, 1)), "ours"),
+}
+
+_PREDICT = """
+import json, sys
+from fastllama.lab import peak
+from fastllama.lab.point import Point
+task = json.load(sys.stdin)
+print(json.dumps(vars(peak.predict(Point.from_dict(task["point"]), task["name"]))))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks of anonymous memory are read from /proc")
+@pytest.mark.parametrize("what", LIVE)
+def test_the_prediction_is_within_its_margin_of_the_measured_peak(what):
+    point, name = LIVE[what]
+    task = json.dumps({"point": asdict(point), "name": name})
+    # As a sweep predicts: in a process that has loaded nothing yet.
+    told = subprocess.run([sys.executable, "-c", _PREDICT], input=task, capture_output=True, text=True, check=True)
+    parts = json.loads(told.stdout)
+    predicted_mb = sum(parts.values()) / 1e6
+    assert parts["cache"] + parts["work"] > parts["base"] / 2
+    assert predicted_mb == pytest.approx(memory.peaks(point, name).max_mem_mb, rel=peak.MARGIN)
+
+
+@pytest.fixture
+def fixed(monkeypatch):
+    monkeypatch.setattr(peak, "_base", lambda: 300_000_000)
+
+
+def test_each_part_follows_what_it_depends_on(fixed):
+    one = peak.predict(a_point("inflated:tinyllama-1.1b", dtype="bf16"), "ours")
+    assert one.weights == pytest.approx(2 * 1.1e9, rel=0.01) and one.base == 300_000_000
+    assert peak.predict(a_point("inflated:tinyllama-1.1b"), "ours").weights == 2 * one.weights
+    cache = peak.predict(a_point(cache_length=8000, workload=Workload(4, 12, 4)), "ours").cache
+    # Six layers, two kv heads of 32, keys and values, four bytes, a mask.
+    assert cache == pytest.approx(4 * 8000 * (6 * 2 * 2 * 32 + 1) * 4, rel=0.01)
+    works = [
+        peak.predict(a_point(workload=Workload(4, 800, 4), switches=switches), "ours").work
+        for switches in ({"prefill_chunk": 100}, {})
+    ]
+    assert works[1] > 4 * works[0]
+
+
+def test_what_is_measured_together_must_fit_together(fixed, monkeypatch):
+    point = a_point(cache_length=1_000_000, workload=Workload(1, 2000, 4))
+    ours, vanilla = (peak.predict(point, name) for name in point.contestants)
+    monkeypatch.setattr(peak, "available_bytes", lambda device: ours.nbytes)
+    needed = peak.fit(point).needed
+    assert needed == max(ours.weights + ours.cache + vanilla.cache + max(ours.work, vanilla.work), ours.nbytes)
+    assert peak.fit(point).fits is (needed <= ours.nbytes)
+    monkeypatch.setattr(peak, "available_bytes", lambda device: needed - 1)
+    assert not peak.fit(point).fits
