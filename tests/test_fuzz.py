@@ -42,7 +42,7 @@ def edited(draw, made: dict):
             holder[key] = draw(JSON)
         elif kind == "nudge":
             value = holder[key]
-            is_number = isinstance(value, (int, float))
+            is_number = isinstance(value, (int, float)) and abs(value) < 1e300
             holder[key] = draw(st.sampled_from([value * 1.01, float(value), -value])) if is_number else str(value)
         elif kind == "remove":
             del holder[key]
@@ -130,7 +130,7 @@ def test_a_record_of_schema_1_is_fit_to_be_shown_or_refused(tmp_path, content):
     except ValueError as error:
         assert str(path) in str(error)
     else:
-        changes.render([read], tmp_path)
+        changes.render([read], tmp_path).encode()
 
 
 LINES = [json.dumps(made).encode() + b"\n" for made in POINTS]

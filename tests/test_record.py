@@ -2,7 +2,9 @@
 
 import json
 import multiprocessing
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -160,12 +162,22 @@ def test_a_point_measured_on_other_source_is_refused(tmp_path):
     assert len(record.read_all(tmp_path)) == 1
 
 
-ROUNDS = 8
+ROUNDS = 6
 
 
 def _save(root, barrier):
+    # Both look which number is free before either takes it, so that one finds it taken.
+    real, first = os.mkdir, []
+
+    def mkdir(path, *given):
+        if first and Path(path).parent.name == "tb_logs":
+            first.clear()
+            barrier.wait(120)
+        return real(path, *given)
+
+    os.mkdir = mkdir
     for number in range(ROUNDS):
-        barrier.wait(120)
+        first.append(True)
         made = current(point(source_sha256=record.source_sha256(root)))
         record.save(made, f"by {multiprocessing.current_process().name}{number}", root=root)
 
@@ -185,6 +197,22 @@ def test_two_processes_that_save_at_once_both_succeed(tmp_path):
     assert {made["what"] for made in records} == {f"by {name}{number}" for name in "ab" for number in range(ROUNDS)}
     assert changes.is_current(records, tmp_path)
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_record_that_arrives_while_the_log_is_written_is_in_it(tmp_path, monkeypatch):
+    make_repository(tmp_path)
+    real, arrived = changes.write, []
+
+    def write(records, root):
+        if not arrived:
+            arrived.append(True)
+            record.save(point(50.0), "meanwhile", root=tmp_path)
+        return real(records, root)  # without the one that arrived
+
+    monkeypatch.setattr(changes, "write", write)
+    record.save(point(), "first", root=tmp_path)
+    text = (tmp_path / "changes.md").read_text()
+    assert "| first |" in text and "| meanwhile |" in text
 
 
 def dirty_change(root, name):

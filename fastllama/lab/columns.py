@@ -52,11 +52,11 @@ def _spread_of(name: str, end: int, baseline: bool = False) -> Callable:
 
 
 def _with_spread(prefix: str = "", baseline: bool = False) -> list[Column]:
-    made = []
+    made, group = [], "vanilla" if baseline else "speed"
     for name in ("tok_per_s", "decode_tok_per_s", "ttft_ms"):
-        made.append(Column(prefix + name, float, "speed", _at("baseline", name) if baseline else _at(name)))
+        made.append(Column(prefix + name, float, group, _at("baseline", name) if baseline else _at(name)))
         for end, word in enumerate(("min", "max")):
-            made.append(Column(f"{prefix}{name}_{word}", float, "speed", _spread_of(name, end, baseline)))
+            made.append(Column(f"{prefix}{name}_{word}", float, group, _spread_of(name, end, baseline)))
     return made
 
 

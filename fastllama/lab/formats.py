@@ -4,7 +4,9 @@ import csv
 import io
 import json
 import os
+import re
 import sqlite3
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich import box
@@ -18,6 +20,7 @@ from fastllama.lab.tables import Table
 NAMES = ("md", "csv", "json", "jsonl", "sqlite")
 _SQL = {str: "TEXT", int: "INTEGER", bool: "INTEGER", float: "REAL", object: ""}
 _WIDE = 100_000
+_HEAD = 10
 
 
 def _csv_cell(value):
@@ -81,46 +84,87 @@ def _for_people(value, column: Column) -> str:
     return " ".join(str(value).split())
 
 
-def _shown(columns: list[Column], rows: list[list], title: str, markdown: bool) -> Group:
-    shown = RichTable(box=box.MARKDOWN if markdown else box.SIMPLE_HEAD, padding=(0, 1) if markdown else (0, 1, 0, 0))
-    for column in columns:
-        right = column.kind in (int, float)
-        shown.add_column(Text(column.name), justify="right" if right else "left", overflow="fold")
-    for row in rows:
-        cells = [_for_people(value, column) for value, column in zip(row, columns, strict=True)]
-        # Not as markup: a path may hold brackets. A bar would end a cell of markdown.
-        shown.add_row(*(Text(cell.replace("|", "\\|") if markdown else cell) for cell in cells))
-    return Group(Text(f"## {title}\n" if markdown else title, "" if markdown else "bold"), shown, Text(""))
+@dataclass(frozen=True)
+class _Shown:
+    """A column for people: a median has the smallest and the largest with it, in its cell."""
+
+    column: Column
+    values: list[tuple]  # of each row: (value,) or (median, smallest, largest)
+
+    @property
+    def varies(self) -> bool:
+        return len(set(map(repr, self.values))) > 1
+
+    def in_words(self, row: int, in_lines: bool = False) -> str:
+        """The cell of a row; "-" where there is no such row."""
+        value, *ends = self.values[row] if row < len(self.values) else (None,)
+        words = [_for_people(each, self.column) for each in (value, *ends)]
+        if not ends or ends[0] == ends[1]:
+            return words[0]
+        return "\n".join(words) if in_lines else f"{words[0]} ({words[1]}..{words[2]})"
+
+    def cells(self, markdown: bool) -> list[str]:
+        shown = [self.in_words(row, in_lines=not markdown) for row in range(len(self.values))]
+        # A bar would end a cell of markdown.
+        return [cell.replace("|", "\\|") for cell in shown] if markdown else shown
 
 
-def _points(table: Table, keys: list[str], markdown: bool) -> list[Group]:
-    """What all points share once, as a list; a table for each group of the columns that vary."""
-    by_name = dict(zip(table.header, zip(*table.rows, strict=True), strict=True)) if table.rows else {}
-    varying = [column for column in table.columns if len(set(map(repr, by_name.get(column.name, ())))) > 1]
-    key_columns = [column for column in table.columns if column.name == "point" or column.name in keys]
+def _for_reading(table: Table) -> list[_Shown]:
+    places = {column.name: index for index, column in enumerate(table.columns)}
     shown = []
-    for group in dict.fromkeys(column.group for column in varying):
-        rest = [column for column in varying if column.group == group and column not in key_columns]
-        if rest:
-            chosen = [*key_columns, *rest]
-            rows = list(zip(*(by_name[column.name] for column in chosen), strict=True))
-            shown.append(_shown(chosen, rows, f"points: {group}", markdown))
-    same = [column for column in table.columns if column not in varying and column.name != "point"]
-    rows = [[column.name, _for_people(by_name[column.name][0], column)] for column in same if by_name]
-    heads = [Column("column", str, "", None), Column("value", str, "", None)]
-    return [*shown, _shown(heads, rows, f"the same in all {len(table.rows)} points", markdown)]
+    for column in table.columns:
+        if column.name.endswith(("_min", "_max")) and column.name[:-4] in places:
+            continue
+        ends = [column.name + end for end in ("_min", "_max") if column.name + end in places]
+        taken = [places[name] for name in (column.name, *ends)]
+        shown.append(_Shown(column, [tuple(row[index] for index in taken) for row in table.rows]))
+    return shown
+
+
+def _head(name: str) -> str:
+    """A column's name, in lines of about ten characters."""
+    lines = [""]
+    for part in re.findall(r"[^_]+_?", name):
+        if lines[-1] and len(lines[-1] + part) > _HEAD:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
+
+
+def _drawn(title: str, columns: list[_Shown], markdown: bool) -> Group:
+    drawn = RichTable(box=box.MARKDOWN if markdown else box.SIMPLE_HEAD, padding=(0, 1) if markdown else (0, 1, 0, 0))
+    for shown in columns:
+        name = shown.column.name
+        justify = "right" if shown.column.kind in (int, float) else "left"
+        drawn.add_column(Text(name if markdown else _head(name)), justify=justify, overflow="fold")
+    for cells in zip(*(shown.cells(markdown) for shown in columns), strict=True):
+        drawn.add_row(*map(Text, cells))  # not as markup: a path may hold brackets
+    return Group(Text(f"## {title}" if markdown else title, "" if markdown else "bold"), drawn, Text(""))
 
 
 def to_rich(tables: dict[str, Table], markdown: bool = False) -> Group:
-    """Everything but the single runs for a person; the options' medians come first."""
-    options = tables["options"]
-    parts = [] if not options.rows else [_shown(options.columns, options.rows, "per option", markdown)]
-    keys = [row[0] for row in options.rows]
-    return Group(*parts, *_points(tables["points"], keys, markdown))
+    """Everything but the single runs, for a person: the options' medians, a table for each group of the columns that
+    vary, and as a list what all points share."""
+    options, points = tables["options"], tables["points"]
+    parts = [_drawn("per option", _for_reading(options), markdown)] if options.rows else []
+    compared = {row[0] for row in options.rows}
+    columns = _for_reading(points)
+    keys = [shown for shown in columns if shown.column.name == "point" or shown.column.name in compared]
+    rest = [shown for shown in columns if shown not in keys]
+    for group in dict.fromkeys(shown.column.group for shown in rest if shown.varies):
+        chosen = [shown for shown in rest if shown.varies and shown.column.group == group]
+        parts.append(_drawn(f"points: {group}", [*keys, *chosen], markdown))
+    same = [shown for shown in rest if not shown.varies]
+    lists = [
+        _Shown(Column("column", str, "", None), [(shown.column.name,) for shown in same]),
+        _Shown(Column("value", str, "", None), [(shown.in_words(0),) for shown in same]),
+    ]
+    return Group(*parts, _drawn(f"the same in all {len(points.rows)} points", lists, markdown))
 
 
 def to_markdown(tables: dict[str, Table]) -> str:
     """The same as text, in tables of markdown of any width."""
     out = io.StringIO()
     Console(file=out, width=_WIDE, color_system=None).print(to_rich(tables, markdown=True))
-    return "".join(line.rstrip() + "\n" for line in out.getvalue().rstrip().splitlines())
+    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    return "".join(line + "\n" for line, before in zip(lines, [None, *lines], strict=False) if line or before)

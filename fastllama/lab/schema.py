@@ -4,6 +4,7 @@ A point is what lab/measure.py made; a record is a point with its id, words, com
 schema 2; schema 1 is still read.
 """
 
+import json
 from contextlib import contextmanager
 
 from fastllama.lab import fields, schema1, schema2
@@ -32,11 +33,13 @@ def is_commit(text) -> bool:
 
 
 def _version(point) -> int:
+    """The schema that a point says it follows."""
     if not isinstance(point, dict):
         raise ValueError(f"a measured point must be an object, not a {type(point).__name__}")
     version = point.get("schema")
     if not fields.count(version) or version not in _VERSIONS:
         raise ValueError(f"schema is {show(version)} but this version reads schema 1 and {SCHEMA}")
+    json.dumps(point, ensure_ascii=False).encode()  # text that UTF-8 cannot hold could be read and not shown
     return version
 
 

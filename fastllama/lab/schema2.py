@@ -1,6 +1,5 @@
 """Schema 2 of points and records: everything a later reader needs, no field unknown, sealed by a digest."""
 
-import json
 from statistics import median
 
 from fastllama.lab import digest, schema1
@@ -178,5 +177,4 @@ def check_point(point: dict, also: dict | None = None) -> None:
     agree("read_gb_per_s", point["read_gb_per_s"], read, *_EXACT)
     if ratio(read, point["ceiling_gb_per_s"]) is None and read is not None:
         raise ValueError("field ceiling_gb_per_s is 0, which no memory is")
-    json.dumps(point, ensure_ascii=False).encode()  # text that UTF-8 cannot hold could not be shown
     digest.check(point)
