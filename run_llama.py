@@ -82,6 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--warmup", type=_count, default=WARMUP_RUNS, help="runs before them (%(default)s)")
     how.add_argument("--sweep", choices=("batch", "length"), help="batch 1 to 128, or prompts of 100 to 1600 tokens")
     how.add_argument("--profile", action="store_true", help="trace one run of 10 new tokens instead of timing")
+    how.add_argument(
+        "--memory-profile", action="store_true", help="memory over time in one run, drawn, instead of timing"
+    )
+    how.add_argument("--profile-point", metavar="NAME", help="the one point to profile, such as batch_size=8")
     out = parser.add_argument_group("what is kept")
     out.add_argument("--json", type=Path, metavar="FILE", help="append each point as one line; a sweep resumes from it")
     out.add_argument("--record", type=_words, metavar="WHAT", help="add a row to changes.md: what changed")
@@ -96,8 +100,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.record is None and (options.predict is not None or options.commit is not None):
         parser.error("--predict and --commit belong to --record")
-    if options.profile and (options.sweep or options.json or options.record):
-        parser.error("--profile leaves a trace and no record: leave out --sweep, --json and --record")
+    if options.profile and options.memory_profile:
+        parser.error("--profile would be part of what --memory-profile sees: run one after the other")
+    if (options.profile or options.memory_profile) and (options.json or options.record):
+        word = "--profile leaves a trace" if options.profile else "--memory-profile leaves a timeline"
+        parser.error(f"{word} and no record: leave out --json and --record")
+    if options.profile_point is not None and not (options.profile or options.memory_profile):
+        parser.error("--profile-point belongs to --profile and --memory-profile")
     return options
 
 
@@ -153,7 +162,8 @@ def _run(options: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from fastllama import demo
-    from fastllama.lab import measure, record, sweep, table, trace
+    from fastllama.lab import measure, record, sweep, table, timeline, trace
+    from fastllama.lab.pick import pick
     from fastllama.lab.progress import progress
 
     logging.disable_progress_bar()  # one bar at a time
@@ -161,15 +171,14 @@ def _run(options: argparse.Namespace) -> int:
     if options.record is not None:
         record.check_recordable(options.commit)
     points = _points(options)
+    if options.profile_point is not None:
+        points = [pick(points, options.profile_point)]
     _warn(points)
     console = Console()
     if options.profile:
-        for point in points:
-            with progress(3) as begin:
-                operators, path = trace.trace(point, LOGS / "traces", begin)
-            console.print(operators)
-            print(f"trace: {path}")
-        return 0
+        return trace.run(points, LOGS, console)
+    if options.memory_profile:
+        return timeline.run(points, LOGS, console)
     file = options.json
     if file is None and options.sweep:
         file = LOGS / "sweeps" / sweep.file_name(options.sweep, points[0])
