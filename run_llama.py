@@ -82,9 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--warmup", type=_count, default=WARMUP_RUNS, help="runs before them (%(default)s)")
     how.add_argument("--sweep", choices=("batch", "length"), help="batch 1 to 128, or prompts of 100 to 1600 tokens")
     how.add_argument("--profile", action="store_true", help="trace one run of 10 new tokens instead of timing")
-    how.add_argument(
-        "--memory-profile", action="store_true", help="memory over time in one run, drawn, instead of timing"
-    )
+    how.add_argument("--memory-profile", action="store_true", help="watch the memory of one run instead of timing it")
     how.add_argument("--profile-point", metavar="NAME", help="the one point to profile, such as batch_size=8")
     out = parser.add_argument_group("what is kept")
     out.add_argument("--json", type=Path, metavar="FILE", help="append each point as one line; a sweep resumes from it")

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from fastllama.lab import board, changes, curve, plot, readme, record, suite_file, words
+from fastllama.lab import board, changes, curve, doctor, plot, readme, record, suite_file, words
 from fastllama.lab.sources import ROOT
 
 
@@ -22,6 +22,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("what", help="the words that --record will be given")
     predict.add_argument("text", help="what you expect")
 
+    doctor.arguments(commands)
     commands.add_parser("board", help="write TensorBoard's event files from the records")
 
     drawing = commands.add_parser("plot", help="draw the log, a sweep or the ceiling").add_subparsers(
@@ -59,6 +60,8 @@ def _run(arguments) -> int:
         path = words.predict(arguments.what, arguments.text, arguments.root)
         print(f"noted in {path}: commit it, then run with --record {arguments.what!r}")
         return 0
+    if arguments.command == "doctor":
+        return doctor.run(arguments)
     if arguments.command == "plot" and arguments.kind == "sweep":
         if not arguments.file.exists():
             raise FileNotFoundError(f"there is no file {arguments.file}")

@@ -59,7 +59,7 @@ def as_json(phase: Phase, shape: Shape, ceiling_gb_per_s: float) -> dict:
 
 def table(name: str, phase: Phase, shape: Shape, ceiling_gb_per_s: float) -> Table:
     """The parts of a phase, for a terminal."""
-    title = f"{name} by part, under the profiler (MB: weights and cache)"
+    title = f"{name} by part, under the profiler (MB: of weights and cache that must move)"
     made = Table(title=title, title_justify="left")
     made.add_column("part", overflow="fold")
     for column in ("calls", "ms", "share", "MB", "GB/s", "of ceiling"):
@@ -93,7 +93,8 @@ def prefill_words(phase: Phase, shape: Shape, measured: Measured) -> list[str]:
         rate = flops / products_s / 1e12
         words.append(
             f"Its products, {flops / 1e9:.1f} GFLOP, run at {rate:.3f} TFLOP/s, "
-            f"{rate / measured.matrix_tflop_per_s:.0%} of the {measured.matrix_tflop_per_s:.3f} TFLOP/s of a large product in the same run."
+            f"{rate / measured.matrix_tflop_per_s:.0%} of the {measured.matrix_tflop_per_s:.3f} TFLOP/s of a large "
+            "product in the same run."
         )
     return words + _costliest(phase)
 
@@ -110,7 +111,8 @@ def decode_words(phase: Phase, shape: Shape, measured: Measured) -> list[str]:
         rate = moved / step_s / 1e9
         words.append(
             f"A step must move {moved / 1e6:.1f} MB: without the profiler {rate:.1f} GB/s, "
-            f"{rate / measured.ceiling_gb_per_s:.0%} of the ceiling of {measured.ceiling_gb_per_s:.1f} GB/s."
+            f"{rate / measured.ceiling_gb_per_s:.0%} of the ceiling of {measured.ceiling_gb_per_s:.1f} GB/s"
+            f"{' (above it: the processor holds part of them in its caches)' if rate > measured.ceiling_gb_per_s else ''}."
         )
     words += _costliest(phase)
     if phase.layers_us:

@@ -96,13 +96,11 @@ class _Inside:
     """The parts of our eager forward passes. Prepared once, since what entering costs is time that the trace shows."""
 
     def __init__(self, engine):
-        places = [(forward, function, name(part)) for function, part in _FUNCTIONS.items()]
-        places.append((FloatCache, "write_prompt", name("cache write")))
-        plain = [(owner, attribute, getattr(owner, attribute)) for owner, attribute, _ in places]
-        self.plain = [*plain, (engine.binding, "weights", engine.binding.weights)]
-        self.marked = [
-            (owner, attribute, within(getattr(owner, attribute), event)) for owner, attribute, event in places
-        ]
+        places = {(forward, function): name(part) for function, part in _FUNCTIONS.items()}
+        places[FloatCache, "write_prompt"] = name("cache write")
+        self.plain = [(*place, getattr(*place)) for place in places]
+        self.plain.append((engine.binding, "weights", engine.binding.weights))
+        self.marked = [(*place, within(getattr(*place), event)) for place, event in places.items()]
         self.marked.append((engine.binding, "weights", _weights(engine.binding.weights)))
 
     def __enter__(self) -> None:

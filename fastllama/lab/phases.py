@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from unittest.mock import patch
 
@@ -72,19 +73,19 @@ class Watch:
         """The phase that began last ends, with `model` as it is now."""
         synchronize(self.device)
         self.sample()
-        phase = self.phases[-1]
-        phase["end_s"] = self.samples[-1][0]
-        if self.device.type == "cpu":
-            phase["mapped_bytes"] = memory.mapped_bytes(model) or 0
-        else:
-            phase["peak_bytes"] = torch.accelerator.max_memory_allocated(self.device)
+        phase, (now, nbytes) = self.phases[-1], self.samples[-1]
+        peak = max(nbytes for at, nbytes in self.samples if at >= phase["start_s"])
+        mapped = memory.mapped_bytes(model) or 0 if self.device.type == "cpu" else 0
+        if self.device.type != "cpu":
+            peak = torch.accelerator.max_memory_allocated(self.device)
+        phase |= {"end_s": now, "peak_bytes": peak, "end_bytes": nbytes, "mapped_bytes": mapped}
 
 
 def thinned(samples: list[tuple[float, int]]) -> list[tuple[float, int]]:
     """In order of time, without the samples that lie on a level line between their neighbours."""
     ordered = sorted(samples)
     kept = ordered[:1]
-    for sample, following in zip(ordered[1:], ordered[2:], strict=False):
+    for sample, following in pairwise(ordered[1:]):
         if abs(sample[1] - kept[-1][1]) > _SAME or abs(following[1] - sample[1]) > _SAME:
             kept.append(sample)
     return kept + ordered[1:][-1:]

@@ -43,10 +43,8 @@ def _alone(point: Point, snapshot: Path | None) -> dict:
     if done.returncode < 0:
         killer = signal.Signals(-done.returncode).name
         raise MemoryError(f"the process whose memory was watched was ended by {killer}: too little memory?")
-    lines = done.stdout.splitlines()
-    told = (
-        json.loads(lines[-1]) if lines else {"fault": ("RuntimeError", (done.stderr.splitlines() or ["nothing"])[-1])}
-    )
+    lines, errors = done.stdout.splitlines(), done.stderr.splitlines()
+    told = json.loads(lines[-1]) if lines else {"fault": ("RuntimeError", (errors or ["no message"])[-1])}
     if "fault" in told:
         kind, why = told["fault"]
         raise _FAULTS[kind](f"watching the memory failed: {why}")
@@ -62,9 +60,8 @@ def composed(told: dict) -> list[dict]:
     libraries = told["samples"][0][1]
     phases = []
     for phase in told["phases"]:
-        inside = [nbytes for at, nbytes in told["samples"] if phase["start_s"] <= at <= phase["end_s"]]
-        mapped = phase.get("mapped_bytes", 0)
-        peak = max(*inside, phase.get("peak_bytes", 0)) + mapped
+        mapped = phase["mapped_bytes"]
+        peak = phase["peak_bytes"] + mapped
         holds = {"libraries_mb": libraries, "weights_mb": told["weights_bytes"], "cache_mb": phase["cache_bytes"]}
         holds["rest_mb"] = peak - sum(holds.values())
         phases.append(
@@ -73,7 +70,7 @@ def composed(told: dict) -> list[dict]:
                 "start_s": phase["start_s"],
                 "end_s": phase["end_s"],
                 "peak_mb": peak / 1e6,
-                "end_mb": (inside[-1] + mapped) / 1e6,
+                "end_mb": (phase["end_bytes"] + mapped) / 1e6,
                 "mapped_weights_mb": mapped / 1e6,
                 **{name: nbytes / 1e6 for name, nbytes in holds.items()},
             }

@@ -118,14 +118,13 @@ def _costliest(events, device: torch.device) -> Table:
     def micros(event) -> float:
         return event.self_device_time_total if on_device else event.self_cpu_time_total
 
-    times: dict[str, list[float]] = {}
+    times: dict[str, list[tuple]] = {}
     for event in events:
         mark = event.key.removeprefix(PREFIX) if event.key.startswith(PREFIX) else None
         # The profiler's own frame around the call, and a mark's, hold what no operator does: the Python between them.
         python = event.key.startswith("ProfilerStep") or mark not in (None, "native step")
-        times.setdefault("(between operators)" if python else mark or event.key, []).append(
-            (event.count, micros(event))
-        )
+        name = "(between operators)" if python else mark or event.key
+        times.setdefault(name, []).append((event.count, micros(event)))
     sums = {name: tuple(map(sum, zip(*found, strict=True))) for name, found in times.items()}
     total = sum(us for _, us in sums.values()) or 1.0
     made = Table(title=f"the {_TOP} costliest operators on {device.type}", title_justify="left")
