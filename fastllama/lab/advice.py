@@ -3,7 +3,7 @@
 import importlib.util
 from dataclasses import asdict, dataclass
 
-# What the extras bring: (module, what for, the extra's command)
+# What the extras bring: (module, what for, command)
 _PACKAGES = {
     "matplotlib": ("plots and the picture of a memory timeline", 'pip install -e ".[plot]"'),
     "scipy": ("the verdicts of a comparison", "pip install scipy"),
@@ -39,7 +39,7 @@ def advice(found: dict) -> list[Advice]:
     if on_cpu and found["nvidia_driver"]:
         add(
             "there is an NVIDIA driver, and this torch does not use it",
-            "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128",
+            "pip install --force-reinstall torch",
         )
     if on_cpu and found["compiler"] is None:
         add("no C++ compiler runs: no native step, and no torch.compile", "sudo apt install g++ && unset CXX")
@@ -53,7 +53,7 @@ def advice(found: dict) -> list[Advice]:
     if threads > usable:
         add(f"{threads} threads on {usable} usable cores wait for each other", f"export OMP_NUM_THREADS={usable}")
     elif on_cpu and threads < usable:
-        add(f"{threads} threads leave cores idle: {usable} are usable", f"export OMP_NUM_THREADS={usable}")
+        add(f"torch uses {threads} of {usable} usable cores", f"export OMP_NUM_THREADS={usable}")
     if on_cpu and found["governor"] not in (None, "performance"):
         add(
             f"the frequency governor is {found['governor']}",

@@ -109,10 +109,11 @@ def decode_words(phase: Phase, shape: Shape, measured: Measured) -> list[str]:
     ]
     if step_s > 0:
         rate = moved / step_s / 1e9
+        above = " (above it: caches hold part of them)" if rate > measured.ceiling_gb_per_s else ""
         words.append(
             f"A step must move {moved / 1e6:.1f} MB: without the profiler {rate:.1f} GB/s, "
             f"{rate / measured.ceiling_gb_per_s:.0%} of the ceiling of {measured.ceiling_gb_per_s:.1f} GB/s"
-            f"{' (above it: the processor holds part of them in its caches)' if rate > measured.ceiling_gb_per_s else ''}."
+            f"{above}."
         )
     words += _costliest(phase)
     if phase.layers_us:

@@ -27,7 +27,7 @@ from fastllama.kernels import native
 from fastllama.kernels.linear import can_pack
 from fastllama.lab import advice, matrix, paths
 from fastllama.lab.ceiling import Ceiling
-from fastllama.lab.checkpoint import auto_device
+from fastllama.lab.checkpoint import auto_device, check_device
 from fastllama.lab.environment import environment
 from fastllama.lab.point import DTYPES
 
@@ -186,7 +186,7 @@ def _paths_table(found: dict) -> Table:
 
 def run(arguments) -> int:
     """Print what is found; 0, or with --strict 1 where something makes decoding slower than this machine could."""
-    device = torch.device(arguments.device or auto_device())
+    device = torch.device(check_device(arguments.device or auto_device()))
     started = time.perf_counter()
 
     def say(doing: str) -> None:

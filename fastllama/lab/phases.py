@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from unittest.mock import patch
 
@@ -143,19 +143,30 @@ def _cache_bytes(subject: Contestant, point: Point, positions: int) -> int:
     return checkpoint.position_bytes(config, itemsize) * point.workload.batch_size * held
 
 
-def _allocations(subject: Contestant, prompt, new_tokens: int) -> list[dict]:
-    """The operators that allocate most in one generation, MB each over all calls, less what they freed again."""
+def _passing_bytes(profiler) -> int | None:
+    """The most that torch's allocator held at once beyond what it held at first; None where torch keeps no account."""
+    results = getattr(profiler.profiler, "kineto_results", None)
+    if results is None:
+        return None
+    changes = sorted((event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]")
+    return max(accumulate((nbytes for _, nbytes in changes), initial=0))
+
+
+def _allocations(subject: Contestant, prompt, new_tokens: int) -> tuple[list[dict], int | None]:
+    """The operators that allocate most in one generation, MB each over all calls, less what they freed again; and
+    what tensors in passing took at once, in bytes."""
     on_device = subject.model.device.type != "cpu"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (subject.model.device.type == "cuda")
     with profile(activities=activities, profile_memory=True) as profiler:
         subject.generate(prompt, new_tokens)
     field = "self_device_memory_usage" if on_device else "self_cpu_memory_usage"
     events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, field))[:_TOP]
-    return [
+    operators = [
         {"operator": event.key, "calls": event.count, "mb": getattr(event, field) / 1e6}
         for event in events
         if getattr(event, field) > 0
     ]
+    return operators, _passing_bytes(profiler)
 
 
 def watched(point: Point, snapshot: Path | None = None) -> dict:
@@ -193,12 +204,14 @@ def watched(point: Point, snapshot: Path | None = None) -> dict:
         ours, done = subject.name == "ours", {"prefill": longest, "decode": longest + new_tokens - 1}
         empty = phase["name"] == "load" or (phase["name"] not in done and not ours)
         phase["cache_bytes"] = 0 if empty else _cache_bytes(subject, point, done.get(phase["name"], 0))
+    allocations, passing = _allocations(subject, prompt, new_tokens)
     return {
         "subject": subject.name,
         "samples": thinned(watch.samples),
         "phases": watch.phases,
         "weights_bytes": found.parameter_count * point.torch_dtype.itemsize,
-        "allocations": _allocations(subject, prompt, new_tokens),
+        "allocations": allocations,
+        "passing_bytes": passing,
     }
 
 

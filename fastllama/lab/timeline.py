@@ -25,7 +25,7 @@ _HOLDS = {
     "libraries_mb": "the interpreter and its libraries",
     "weights_mb": "weights",
     "cache_mb": "cache",
-    "rest_mb": "tensors in passing and all else",
+    "rest_mb": "tensors in passing and the rest",
 }
 
 
@@ -78,16 +78,25 @@ def composed(told: dict) -> list[dict]:
     return phases
 
 
-def words(phases: list[dict], device: str) -> list[str]:
-    """At which phase the peak was, and what it was made of."""
+def words(phases: list[dict], device: str, passing_bytes: int | None) -> list[str]:
+    """At which phase the peak was, and what it was made of. `passing_bytes`: by torch's own account."""
     highest = max(phases, key=lambda phase: phase["peak_mb"])
     holds = ", ".join(f"{what} {highest[name]:,.1f}" for name, what in _HOLDS.items())
     given_back = highest["peak_mb"] - highest["end_mb"]
     where = "anonymous memory and mapped weights" if device == "cpu" else "allocated by torch"
-    return [
+    said = [
         f"The peak, {highest['peak_mb']:,.1f} MB ({where}), was in phase {highest['phase']}: {holds}.",
         f"By the end of that phase {given_back:,.1f} MB of it were given back.",
     ]
+    if highest["rest_mb"] < 0:
+        said.append(
+            "The rest is below 0: libraries left memory that tensors took over, or part of the cache is unused."
+        )
+    if passing_bytes is not None:
+        said.append(
+            f"By torch's own account, a generation's passing tensors take {passing_bytes / 1e6:,.1f} MB at once."
+        )
+    return said
 
 
 def table(phases: list[dict]) -> Table:
@@ -132,9 +141,10 @@ def timeline(point: Point, folder: Path) -> tuple[dict, list[Path]]:
         **point.identity(),
         "subject": told["subject"],
         "phases": phases,
-        "words": words(phases, torch.device(point.device).type),
+        "words": words(phases, torch.device(point.device).type, told["passing_bytes"]),
         "samples_s_mb": curve,
         "allocations": told["allocations"],
+        "passing_mb": None if told["passing_bytes"] is None else told["passing_bytes"] / 1e6,
         "environment": environment(torch.device(point.device)),
         "command": point.command(),
     }
