@@ -19,6 +19,7 @@ HEALTHY = {
     "device": "cpu",
     "threads": 8,
     "usable_cores": 8,
+    "omp_num_threads": None,
     "governor": "performance",
     "cpu_bf16": True,
     "nvidia_driver": False,
@@ -41,6 +42,7 @@ def test_a_healthy_machine_gets_no_advice():
     [
         ({"threads": 16}, "16 threads on 8 usable cores", "export OMP_NUM_THREADS=8", True),
         ({"threads": 1}, "torch uses 1 of 8 usable cores", "export OMP_NUM_THREADS=8", True),
+        ({"omp_num_threads": "16"}, "torch takes 8, others may not", "export OMP_NUM_THREADS=8", False),
         ({"compiler": None, "native": False, "native_reason": "x"}, "no C++ compiler runs", "apt install g++", True),
         ({"native": False, "native_reason": "it was not built: no room"}, "no room", "apt install", True),
         ({"compile_reason": "Python.h is missing"}, "Python.h is missing", "python3-dev", True),

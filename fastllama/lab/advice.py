@@ -54,6 +54,10 @@ def advice(found: dict) -> list[Advice]:
         add(f"{threads} threads on {usable} usable cores wait for each other", f"export OMP_NUM_THREADS={usable}")
     elif on_cpu and threads < usable:
         add(f"torch uses {threads} of {usable} usable cores", f"export OMP_NUM_THREADS={usable}")
+    asked = found["omp_num_threads"] or ""
+    if asked.isdigit() and int(asked) > usable >= threads:
+        what = f"OMP_NUM_THREADS is {asked} and {usable} cores are usable: torch takes {threads}, others may not"
+        add(what, f"export OMP_NUM_THREADS={usable}", False)
     if on_cpu and found["governor"] not in (None, "performance"):
         add(
             f"the frequency governor is {found['governor']}",

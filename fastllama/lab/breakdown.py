@@ -15,6 +15,7 @@ from fastllama.lab.parts import PARTS, PRODUCTS, Shape
 # Frames of compiled code: what they do themselves is theirs, and what they call is an operator.
 _REGION = "Torch-Compiled Region"
 _FRAMES = (_REGION, "## Call CompiledFxGraph", "CompiledFunction", "AOTDispatcher", "TorchDynamo", "Pregraph")
+_GRAPH = "cudaGraphLaunch"
 _PRODUCT_OPERATORS = {
     *(f"aten::{name}" for name in ("linear", "addmm", "mm", "matmul", "addmv", "mv")),
     "mkldnn::_linear_pointwise",
@@ -48,11 +49,12 @@ def _starts(event) -> float:
     return event.time_range.start
 
 
-def _microseconds(event, on_device: bool) -> float:
+def _costs(event, on_device: bool) -> list[tuple[str, float]]:
+    """(name, microseconds) of the operator, or of the kernels that it and what it calls started."""
     if not on_device:
-        return event.time_range.elapsed_us()
-    own = sum(kernel.duration for kernel in event.kernels)
-    return own + sum(_microseconds(child, True) for child in event.cpu_children)
+        return [(event.name, event.time_range.elapsed_us())]
+    own = [(kernel.name, kernel.duration) for kernel in event.kernels]
+    return own + [cost for child in event.cpu_children for cost in _costs(child, True)]
 
 
 class _Walk:
@@ -64,11 +66,15 @@ class _Walk:
         self.layers_us: Counter = Counter()
         self.told_apart = True
 
-    def add(self, part: str, us: float, operator: str, layer: int | None) -> None:
-        self.rows[part].us += us
-        self.rows[part].operators[operator] += us
-        if layer is not None:
-            self.layers_us[layer] += us
+    def add(self, part: str, costs: list[tuple[str, float]], layer: int | None = None) -> None:
+        for name, us in costs:
+            self.rows[part].us += us
+            self.rows[part].operators[name] += us
+            if layer is not None:
+                self.layers_us[layer] += us
+
+    def add_event(self, part: str, event, layer: int | None = None) -> None:
+        self.add(part, _costs(event, self.on_device), layer)
 
     def below(self, event, part: str, layer: int | None = None) -> None:
         """The operators that `event` calls, which belong to `part` unless a mark says otherwise."""
@@ -81,23 +87,29 @@ class _Walk:
             elif child.name.startswith(_FRAMES):
                 self.frame(child, compiled)
             else:
-                self.add(part, _microseconds(child, self.on_device), child.name, layer)
+                part_of_it = part
+                if child.name.startswith(_GRAPH):
+                    part_of_it = "captured"
+                    self.rows["captured"].calls += 1
+                self.add_event(part_of_it, child, layer)
         if compiled:
             self.sort(compiled)
 
     def under(self, mark, part: str, layer: int | None) -> None:
         if part not in _WHOLE:
             return self.below(mark, part, layer)
-        self.add(part, _microseconds(mark, self.on_device), mark.name.removeprefix(PREFIX), layer)
+        costs = _costs(mark, self.on_device)
+        self.add(part, costs if self.on_device else [(PARTS[part], us) for _, us in costs], layer)
 
     def frame(self, frame, found: list) -> None:
         """Time of compiled code itself; what it calls goes to `found`."""
         children = sorted(frame.cpu_children, key=_starts)
-        own = sum(kernel.duration for kernel in frame.kernels)
+        own = [(kernel.name, kernel.duration) for kernel in frame.kernels]
         if not self.on_device:
-            own = frame.time_range.elapsed_us() - sum(child.time_range.elapsed_us() for child in children)
+            inside = sum(child.time_range.elapsed_us() for child in children)
+            own = [("fused kernels", frame.time_range.elapsed_us() - inside)]
         self.rows["compiled"].calls += frame.name.startswith(_REGION)
-        self.add("compiled", own, "fused kernels", None)
+        self.add("compiled", own)
         for child in children:
             if child.name.startswith(_FRAMES):
                 self.frame(child, found)
@@ -113,7 +125,7 @@ class _Walk:
         for event in operators:
             part = places.get(id(event), "attention" if "attention" in event.name else "compiled")
             self.rows[part].calls += part != "compiled"
-            self.add(part, _microseconds(event, self.on_device), event.name, None)
+            self.add_event(part, event)
 
 
 def _phase(walk: _Walk, us: float, steps: int, kernels_us: float) -> Phase:
@@ -122,7 +134,7 @@ def _phase(walk: _Walk, us: float, steps: int, kernels_us: float) -> Phase:
         told = sum(row.us for row in rows.values())
         # Rounding of thousands of kernels is no captured graph.
         if kernels_us > 1.001 * told:
-            walk.add("captured", kernels_us - told, "graph", None)
+            walk.add("captured", [("kernels that no operator started", kernels_us - told)])
             rows["captured"].calls = steps
     rows["between"].us = us - sum(row.us for row in rows.values())
     used = {part: row for part, row in rows.items() if row.us or row.calls}
@@ -159,7 +171,7 @@ def breakdown(events: list, shape: Shape, on_device: bool) -> tuple[Phase, Phase
             else:
                 # Before the first pass generate prepares its arguments; after a pass it chooses.
                 before = begin == call.time_range.start and _starts(event) < _starts(_prefill(children))
-                walk.add("other" if before else "sampling", _microseconds(event, on_device), event.name, None)
+                walk.add_event("other" if before else "sampling", event)
         inside = [event for event in kernels if begin <= _starts(event) < end]
         phases.append(_phase(walk, end - begin, count, sum(event.time_range.elapsed_us() for event in inside)))
     return phases[0], phases[1] if steps else None

@@ -103,6 +103,7 @@ def examine(device: torch.device, rough: bool = False, say: Callable[[str], None
         "device": device.type,
         **{name: facts.get(name) for name in ("cpu", "cores", "threads", "cpu_capability", "cpu_bf16", "governor")},
         "usable_cores": usable_cores(),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         **{name: facts.get(name) for name in ("gpu", "gpu_memory_gb", "gpu_driver", "gpu_power_limit", "cuda")},
         **{name: facts.get(name) for name in ("os", "python", "torch", "transformers")},
         "memory_free_gb": available_bytes(torch.device("cpu")) / 1e9,

@@ -1,6 +1,6 @@
 """Marks: named ranges in a trace around the parts of a generation, set from outside and taken away afterwards.
 
-A mark is an event "fastllama:PART" or "fastllama:PART:LAYER". Compiled code is left as it is, since whatever it
+A mark is an event "part:NAME" or "part:NAME:LAYER". Compiled code is left as it is, since whatever it
 calls is part of what it was compiled for: a compiled step has a mark around the whole of it and none inside.
 """
 
@@ -21,7 +21,7 @@ from fastllama.model import forward
 from fastllama.model.native_step import NativeStep
 from fastllama.model.weights import Block, Fused, Parallel, Weights
 
-PREFIX = "fastllama:"
+PREFIX = "part:"
 # The private class costs a tenth of the public one, and what a mark costs is time that the trace shows.
 _mark = getattr(torch._C._profiler, "_RecordFunctionFast", torch.profiler.record_function)
 

@@ -30,7 +30,7 @@ PARTS = {
     "compiled": "compiled code between the products",
     "captured": "kernels of a captured graph",
     "other": "other operators (residual sums, masks, positions)",
-    "between": "Python between the operators",
+    "between": "between the operators (Python; a device waits)",
 }
 
 

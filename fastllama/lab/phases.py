@@ -16,6 +16,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import fastllama
@@ -143,12 +144,14 @@ def _cache_bytes(subject: Contestant, point: Point, positions: int) -> int:
     return checkpoint.position_bytes(config, itemsize) * point.workload.batch_size * held
 
 
-def _passing_bytes(profiler) -> int | None:
+def _passing_bytes(profiler, on_device: bool) -> int | None:
     """The most that torch's allocator held at once beyond what it held at first; None where torch keeps no account."""
     results = getattr(profiler.profiler, "kineto_results", None)
     if results is None:
         return None
-    changes = sorted((event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]")
+    records = [event for event in results.events() if event.name() == "[memory]"]
+    records = [event for event in records if (event.device_type() != DeviceType.CPU) is on_device]
+    changes = sorted((event.start_ns(), event.nbytes()) for event in records)
     return max(accumulate((nbytes for _, nbytes in changes), initial=0))
 
 
@@ -166,7 +169,7 @@ def _allocations(subject: Contestant, prompt, new_tokens: int) -> tuple[list[dic
         for event in events
         if getattr(event, field) > 0
     ]
-    return operators, _passing_bytes(profiler)
+    return operators, _passing_bytes(profiler, on_device)
 
 
 def watched(point: Point, snapshot: Path | None = None) -> dict:
