@@ -105,6 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--dry-run", action="store_true", help="print the points, about how long they take, and stop")
     how.add_argument("--retry-failed", action="store_true", help="with --sweep: measure failed points again")
     how.add_argument("--profile", action="store_true", help="trace one run of 10 new tokens instead of timing")
+    how.add_argument("--memory-profile", action="store_true", help="watch the memory of one run instead of timing it")
+    how.add_argument("--profile-point", metavar="NAME", help="the one point to profile, such as batch_size=8")
     out = parser.add_argument_group("what is kept")
     out.add_argument("--json", type=Path, metavar="FILE", help="append each point as one line; a sweep resumes from it")
     out.add_argument("--format", choices=("md", "csv", "json", "jsonl", "sqlite"), help="print the points as this")
@@ -123,12 +125,18 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         parser.error("--predict and --commit belong to --record")
     if options.output is not None and options.format is None:
         parser.error("--output belongs to --format")
-    if options.profile and (options.sweep or options.json or options.record or options.format):
-        parser.error("--profile leaves a trace and no record: leave out --sweep, --json, --record and --format")
+    if options.profile and options.memory_profile:
+        parser.error("--profile would be part of what --memory-profile sees: run one after the other")
+    profiled = "--profile" if options.profile else "--memory-profile" if options.memory_profile else None
+    if profiled and (options.json or options.record or options.format):
+        left = "a trace" if options.profile else "a timeline"
+        parser.error(f"{profiled} leaves {left} and no record: leave out --json, --record and --format")
+    if options.profile_point is not None and profiled is None:
+        parser.error("--profile-point belongs to --profile and --memory-profile")
     if options.retry_failed and not options.sweep:
         parser.error("--retry-failed belongs to --sweep")
-    if options.dry_run and (options.profile or options.record):
-        parser.error("--dry-run measures nothing: leave out --profile and --record")
+    if options.dry_run and (profiled or options.record):
+        parser.error("--dry-run measures nothing: leave out --profile, --memory-profile and --record")
     return options
 
 
@@ -170,7 +178,7 @@ def _run(options: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from fastllama import demo
-    from fastllama.lab import dry_run, export, measure, record, sweep, sweep_table, table, trace
+    from fastllama.lab import dry_run, export, measure, record, sweep, sweep_table, table, timeline, trace
     from fastllama.lab.progress import progress
 
     logging.disable_progress_bar()  # one bar at a time
@@ -180,17 +188,14 @@ def _run(options: argparse.Namespace) -> int:
     if options.format is not None:
         export.check_output(options.format, options.output, tuple(filter(None, [options.json])))
     plan = _plan(options)
-    points = plan.points
+    points = plan.points if options.profile_point is None else [plan.find(options.profile_point)]
     _warn(points)
     # Where the points go to stdout in a format, nothing else may.
     console = Console(stderr=options.format is not None and options.output is None)
     if options.profile:
-        for point in points:
-            with progress(3) as begin:
-                operators, path = trace.trace(point, LOGS / "traces", begin)
-            console.print(operators)
-            print(f"trace: {path}")
-        return 0
+        return trace.run(points, LOGS, console)
+    if options.memory_profile:
+        return timeline.run(points, LOGS, console)
     file = options.json
     if file is None and options.sweep:
         file = LOGS / "sweeps" / plan.file_name

@@ -144,12 +144,60 @@ def test_auto_dtype_asks_the_processor_and_the_size(monkeypatch, tiny):
 
 def test_profile_leaves_a_trace(tiny, capsys):
     assert run("--model", tiny, "--device", "cpu", "--prompt-length", "12", "--preallocate", "--profile") == 0
-    (path,) = run_llama.LOGS.glob("traces/tiny-ours-no/*.pt.trace.json")
+    (path,) = run_llama.LOGS.glob("traces/tiny-ours-no/tiny-ours-no-batch1-prompt12-new10.*.pt.trace.json")
     trace = json.loads(path.read_text())
     assert any(event.get("name") == "aten::scaled_dot_product_attention" for event in trace["traceEvents"])
     assert "host_name" not in trace and trace["traceName"] == path.name
     out = capsys.readouterr().out
     assert "aten::" in out and "share" in out
+    (kept,) = run_llama.LOGS.glob("traces/tiny-ours-no/*.breakdown.json")
+    broken_down = json.loads(kept.read_text())
+    assert broken_down["decode"]["steps"] == 9 and broken_down["prompt_length"] == 12
+    assert tiny not in kept.read_text()
+    flat = " ".join(out.split())
+    assert all(sentence in flat for sentence in broken_down["words"])
+    by_part = {row["part"]: row for row in broken_down["decode"]["parts"]}
+    # 2 layers of (4 + 2 + 2) heads of 8 by 32, in fp32
+    assert by_part["qkv"]["calls"] == 2 and by_part["qkv"]["bytes"] == 2 * 64 * 32 * 4
+
+
+SIZES = ["--batch-size", "1,2", "--prompt-length", "8,12", "--new-tokens", "3", "--warmup", "0"]
+
+
+def test_one_point_of_several_is_profiled_by_name(tiny, capsys):
+    argv = ["--model", tiny, "--dtype", "fp32", "--device", "cpu", *SIZES, "--profile"]
+    assert run(*argv, "--profile-point", "prompt_length=8, batch_size=2") == 0
+    (path,) = run_llama.LOGS.glob("traces/*/*.pt.trace.json")
+    assert "-batch2-prompt8-new3." in path.name
+    capsys.readouterr()
+    for name, count in (("batch_size=2", 2), ("batch_size=3", 0), ("prompt_length=1", 0)):
+        assert run(*argv, "--profile-point", name) == 2
+        assert f"'{name}' names {count} points of 4: batch_size=1,prompt_length=8,new_tokens=3; " in one_sentence(
+            capsys
+        )
+
+
+def test_a_point_of_a_sweep_is_profiled_by_name(monkeypatch, tiny):
+    from fastllama.lab import timeline, trace
+
+    for flag, module in (("--profile", trace), ("--memory-profile", timeline)):
+        seen = []
+        monkeypatch.setattr(module, "run", lambda points, logs, console, seen=seen: seen.extend(points) or 0)
+        argv = [
+            "--model",
+            tiny,
+            "--dtype",
+            "fp32",
+            "--device",
+            "cpu",
+            "--prompt-length",
+            "12",
+            "--sweep",
+            "batch",
+            flag,
+        ]
+        assert run(*argv, "--profile-point", "batch_size=16") == 0
+        assert [point.workload.batch_size for point in seen] == [16]
 
 
 # sweeps
@@ -237,6 +285,9 @@ def one_sentence(capsys) -> str:
         (["--predict", "faster"], "--predict and --commit belong to --record"),
         (["--record", " "], "it is empty"),
         (["--profile", "--json", "x"], "--profile leaves a trace and no record"),
+        (["--memory-profile", "--json", "x"], "--memory-profile leaves a timeline and no record"),
+        (["--profile", "--memory-profile"], "run one after the other"),
+        (["--profile-point", "batch_size=1"], "--profile-point belongs to --profile and --memory-profile"),
         (["--device", "abacus"], "device 'abacus' cannot be used"),
         (["--device", "meta"], "holds no numbers"),
         (["--bucket", "64"], "--bucket needs --preallocate"),

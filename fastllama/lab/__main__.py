@@ -9,6 +9,7 @@ from fastllama.lab import (
     changes,
     compare,
     curve,
+    doctor,
     export,
     plot,
     points_file,
@@ -35,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("text", help="what you expect")
 
     export.arguments(commands)
+    doctor.arguments(commands)
     commands.add_parser("board", help="write TensorBoard's event files from the records")
 
     compare.arguments(commands)
@@ -76,6 +78,8 @@ def _run(arguments) -> int:
         return 0
     if arguments.command == "export":
         return export.run(arguments)
+    if arguments.command == "doctor":
+        return doctor.run(arguments)
     if arguments.command == "plot" and arguments.kind == "sweep":
         if not arguments.file.exists():
             raise FileNotFoundError(f"there is no file {arguments.file}")

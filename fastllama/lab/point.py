@@ -95,6 +95,15 @@ class Point:
         """The model without a path: the name of its folder, or what it is called."""
         return _name(self.model)
 
+    @property
+    def name(self) -> str:
+        """Its sizes, and the switches and sampler options that were given: "batch_size=8,prompt_length=128"."""
+        work = asdict(self.workload)
+        named = {field: work[field] for field in ("batch_size", "prompt_length", "new_tokens")}
+        named |= {field: value for field, value in sorted(self.switches.items()) if field != "compile"}
+        named |= self.workload.sampler.given
+        return ",".join(f"{field}={value}" for field, value in named.items())
+
     def identity(self) -> dict:
         """What names this point in its record; transformers' own model has none of our switches."""
         config = asdict(self.config) if self.preallocate else {}

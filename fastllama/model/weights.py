@@ -156,9 +156,7 @@ def _norm(module: nn.Module) -> Norm | nn.Module:
     return Norm(module.weight, module.variance_epsilon) if is_plain(module, LlamaRMSNorm) else module
 
 
-def gather(
-    model: nn.Module, fuse: str, choose: Choice, choose_attention: AttentionChoice, packing: Packing
-) -> Weights:
+def gather(model: nn.Module, fuse: str, choose: Choice, choose_attention: AttentionChoice, packing: Packing) -> Weights:
     """Collects and fuses the weights of a transformers Llama. `fuse`: "all", "qkv" or "no"."""
     gatherer = _Gatherer(choose, packing)
     embedding, head = model.model.embed_tokens, model.lm_head
