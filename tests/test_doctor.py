@@ -117,6 +117,16 @@ def test_what_it_finds_names_nobody(found):
     assert ("native step" in native) is found["native"]
 
 
+def test_a_reason_that_names_a_path_is_cut_down(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(paths, "compile_reason", lambda device: "no /home/someone/x/g++")
+    monkeypatch.setattr(doctor.native, "load", lambda: "it was not built: /home/someone/x/operators.cpp:3: error")
+    found = doctor.examine(torch.device("cpu"), rough=True)
+    assert "someone" not in json.dumps(found)
+    assert found["native_reason"] == "it was not built: operators.cpp:3: error" and found["compile_reason"] == "no g++"
+
+
 @pytest.mark.parametrize(("argv", "slows", "code"), [([], True, 0), (["--strict"], True, 1), (["--strict"], False, 0)])
 def test_strict_is_an_exit_code(found, monkeypatch, capsys, argv, slows, code):
     entry = {"what": "something", "command": "do this", "slows": slows}
