@@ -27,6 +27,7 @@ setup(
         "transformers>=5.17",
         "accelerate>=1.10",
         "tensorboard>=2.18",
+        "rich>=13",
         "tomli>=2; python_version < '3.11'",
     ],
     extras_require={

@@ -28,8 +28,11 @@ def _cpuinfo(key: str) -> str | None:
 
 
 def cpu_name() -> str:
-    """The processor's own name, or its architecture where the system does not tell."""
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
+    """The processor's own name, or its architecture where the system does not tell; with family and model, since a
+    cloud's processors of several generations may share one name."""
+    name = _cpuinfo("model name") or platform.processor() or platform.machine()
+    family, model = _cpuinfo("cpu family"), _cpuinfo("model")
+    return f"{name} (family {family}, model {model})" if family and model else name
 
 
 def has_bf16_products() -> bool:

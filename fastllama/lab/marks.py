@@ -29,6 +29,7 @@ _FUNCTIONS = {
     "rotate": "rotary",
     "attend_cache": "attention",
     "attend_causal": "attention",
+    "attend_prompt": "attention",
     "_mlp": "activation",  # but for the products and the norm inside it, which have marks of their own
     "write_tokens": "cache write",
 }

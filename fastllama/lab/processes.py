@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastllama.lab import git, record
+from fastllama.lab import git, points_file
 
 # What a process measures where the command line says nothing else: the demo, small.
 WORKLOAD = ["--preallocate", "--prompt-length", "128", "--new-tokens", "64", "--runs", "5", "--warmup", "1"]
@@ -76,11 +76,11 @@ def _point(tree: Path, commit: str, switches: list[str]) -> dict:
             lines = [line.strip() for line in error.splitlines() if line.strip()]
             said = lines[-1].removeprefix("error: ") if lines else f"exit code {code}"
             raise ValueError(f"{name} could not be measured: {said}")
-        points = record.read_jsonl(file)
+        points = points_file.read_measured(file)
     if len(points) != 1:
         raise ValueError(f"{name} measured {len(points)} points: a comparison takes one size of each kind")
     measured = points[0].get("source_sha256")
-    if measured is not None and measured != git.source_sha256_of_commit(commit, tree):
+    if measured is not None and measured != git.source_sha256_of_commit(commit, tree, points[0]["schema"]):
         raise ValueError(f"the process in the work tree of {name} measured other sources than that commit's")
     return points[0]
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from fastllama.lab import fields, schema1, schema2
 from fastllama.lab.fields import or_null, show
+from fastllama.lab.sampler import Sampler
 from fastllama.lab.schema1 import COMPILES, DTYPES, PARITIES
 
 __all__ = ["COMPILES", "DTYPES", "PARITIES", "SCHEMA", "check_point", "check_record", "is_commit"]
@@ -39,6 +40,11 @@ def _version(point) -> int:
     version = point.get("schema")
     if not fields.count(version) or version not in _VERSIONS:
         raise ValueError(f"schema is {show(version)} but this version reads schema 1 and {SCHEMA}")
+    if "sampler" in point:
+        try:
+            Sampler(**point["sampler"])
+        except (TypeError, ValueError) as fault:
+            raise ValueError(f"field sampler: {fault}") from None
     json.dumps(point, ensure_ascii=False).encode()  # text that UTF-8 cannot hold could be read and not shown
     return version
 
