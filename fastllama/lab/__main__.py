@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from fastllama.lab import board, changes, curve, plot, readme, record, suite_file, words
+from fastllama.lab import board, changes, curve, plot, readme, record, report, suite_file, timeline, words
 from fastllama.lab.sources import ROOT
 
 
@@ -22,6 +22,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("what", help="the words that --record will be given")
     predict.add_argument("text", help="what you expect")
 
+    report.arguments(commands)
     commands.add_parser("board", help="write TensorBoard's event files from the records")
 
     drawing = commands.add_parser("plot", help="draw the log, a sweep or the ceiling").add_subparsers(
@@ -33,7 +34,8 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("file", type=Path, help="what run_llama.py --json wrote")
     ceiling = drawing.add_parser("curve", help="decode speed against the bytes of a token, beside the ceiling")
     ceiling.add_argument("--suite", type=Path, metavar="FILE", help="also the points of a file of tb_logs/suite")
-    for part in (rows, sweep, ceiling):
+    times = drawing.add_parser("timeline", help="x vanilla of each group over its commits")
+    for part in (rows, sweep, ceiling, times):
         part.add_argument("-o", "--output", type=Path, required=True, help="a .png or .svg file")
     return parser
 
@@ -70,6 +72,11 @@ def _run(arguments) -> int:
     if arguments.command == "board":
         count = board.write_all(records, arguments.root / words.LOGS)
         print(f"{count} records written for tensorboard --logdir {words.LOGS}")
+        return 0
+    if arguments.command == "report":
+        return report.run(arguments, records)
+    if arguments.kind == "timeline":
+        print(timeline.timeline(records, arguments.output))
         return 0
     if arguments.kind == "curve":
         drawn = curve.points(records, suite_file.read(arguments.suite) if arguments.suite else [])
