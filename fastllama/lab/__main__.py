@@ -11,10 +11,12 @@ from fastllama.lab import (
     curve,
     doctor,
     export,
+    history,
     plot,
     points_file,
     readme,
     record,
+    report,
     suite_file,
     words,
 )
@@ -37,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
 
     export.arguments(commands)
     doctor.arguments(commands)
+    report.arguments(commands)
     commands.add_parser("board", help="write TensorBoard's event files from the records")
 
     compare.arguments(commands)
@@ -50,7 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("file", type=Path, help="what run_llama.py --json wrote")
     ceiling = drawing.add_parser("curve", help="decode speed against the bytes of a token, beside the ceiling")
     ceiling.add_argument("--suite", type=Path, metavar="FILE", help="also the points of a file of tb_logs/suite")
-    for part in (rows, sweep, ceiling):
+    times = drawing.add_parser("timeline", help="x vanilla of each group over its commits")
+    for part in (rows, sweep, ceiling, times):
         part.add_argument("-o", "--output", type=Path, required=True, help="a .png or .svg file")
     return parser
 
@@ -93,6 +97,11 @@ def _run(arguments) -> int:
     if arguments.command == "board":
         count = board.write_all(records, arguments.root / words.LOGS)
         print(f"{count} records written for tensorboard --logdir {words.LOGS}")
+        return 0
+    if arguments.command == "report":
+        return report.run(arguments, records)
+    if arguments.kind == "timeline":
+        print(history.timeline(records, arguments.output))
         return 0
     if arguments.kind == "curve":
         drawn = curve.points(records, suite_file.read(arguments.suite) if arguments.suite else [])
