@@ -1,79 +1,109 @@
-"""One HTML page with the tables, the plots and the log, which loads nothing from anywhere.
+"""One HTML page with what was measured: for people who would rather look than read."""
 
-The page is built with html.escape alone: it is a few tables, and every text in it passes through one function.
-"""
-
-import base64
-import tempfile
 from html import escape
 from pathlib import Path
 
-from fastllama.lab import changes, curve, figures, history, words
+from fastllama.lab import changes, curve, figures, history, option, plot, points_file, suite_file, words
+from fastllama.lab.page import page, picture, table
+from fastllama.lab.sources import ROOT
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --page: #fff; --line: #c9ced6; --soft: #f3f5f7 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --page: #15181c; --line: #444b55; --soft: #20252b } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 0 auto;
-  max-width: 72rem; padding: 0 1rem 3rem; overflow-wrap: anywhere }
-h1 { font-size: 1.6rem } h2 { font-size: 1.3rem; margin-top: 2.5rem } h3 { font-size: 1rem }
-.wide { overflow-x: auto; border: 1px solid var(--line); border-radius: 4px }
-.wide:focus-visible { outline: 2px solid currentColor }
-table { border-collapse: collapse; font-size: .85rem; width: 100%; overflow-wrap: normal }
-th, td { text-align: left; vertical-align: top; padding: .3rem .6rem; border-bottom: 1px solid var(--line) }
-th { background: var(--soft); white-space: nowrap } td.what { min-width: 14rem }
-td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
-figure { margin: 1rem 0 } figure img { display: block; max-width: 100%; height: auto; background: #fff; padding: .5rem;
-  box-sizing: border-box }
-figcaption { font-size: .9rem } nav a { color: inherit; margin-right: 1rem }
-"""
-_HEADS = ("#", "commit", "what changed", "tok/s", "decode tok/s", "x vanilla", "of ceiling", "max MB", "parity", "gain")
-_NUMBERS = ("tok/s", "decode tok/s", "x vanilla", "of ceiling", "max MB", "gain")
+_HEADS = ["#", "commit", "what changed", "compile", "tok/s", "decode tok/s", "x vanilla", "of ceiling", "max MB"]
+_HEADS += ["hash", "parity", "gain", "predicted"]
+_NUMBERS = ("tok/s", "decode tok/s", "x vanilla", "of ceiling", "max MB", "gain", "first token, ms")
 
 
-def _table(name: str, heads: tuple[str, ...], rows: list[list[str]]) -> str:
-    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in heads)
-    lines = []
-    for row in rows:
-        cells = []
-        for text, title in zip(row, heads, strict=True):
-            kind = "number" if title in _NUMBERS else "what" if title == "what changed" else "plain"
-            cells.append(f'<td class="{kind}">{escape(text)}</td>')
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    # A region that scrolls must be reachable from the keyboard.
-    return (
-        f'<div class="wide" role="region" tabindex="0" aria-label="{escape(name)}"><table><thead><tr>{head}</tr>'
-        f"</thead><tbody>{''.join(lines)}</tbody></table></div>"
-    )
+def _share(point: dict) -> str:
+    return "-" if point["ceiling_fraction"] is None else f"{100 * point['ceiling_fraction']:.0f} %"
 
 
 def _row(record: dict, before: dict | None) -> list[str]:
-    share = record["ceiling_fraction"]
     return [
         record["id"].split("-")[0],
         record["commit"][:7],
         record["what"],
+        record["switches"]["compile"],
         changes.speed(record["tok_per_s"]),
         changes.speed(record["decode_tok_per_s"], figures.spread(record)),
         changes.times_vanilla(record),
-        "-" if share is None else f"{100 * share:.0f} %",
+        _share(record),
         changes.number(record["max_mem_mb"]),
+        record["hash"],
         record["parity"],
         changes.gain(record, before),
+        record["prediction"] or "",
     ]
-
-
-def _picture(draw, drawn: list[dict], text: str) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        data = draw(drawn, Path(folder) / "plot.svg").read_bytes()
-    source = "data:image/svg+xml;base64," + base64.b64encode(data).decode()
-    return f'<figure><img src="{source}" alt="{escape(text)}"><figcaption>{escape(text)}</figcaption></figure>'
 
 
 def _results(records: list[dict]) -> str:
     newest = [changes.own_rows(rows)[-1] for group in changes.groups(records).values() for rows in group.values()]
-    heads = ("machine", "workload", *_HEADS[:-1])
-    rows = [[figures.machine_name(row), figures.workload_name(row), *_row(row, None)[:-1]] for row in newest]
-    return _table("newest record of each group", heads, rows)
+    kept = ("x vanilla", "decode tok/s", "of ceiling", "max MB", "parity", "#")
+    rows = []
+    for record in newest:
+        by_head = dict(zip(_HEADS, _row(record, None), strict=True))
+        first, rest = ([by_head[head] for head in part] for part in (kept[:3], kept[3:]))
+        first_token = changes.number(record["ttft_ms"])
+        rows.append([figures.workload_name(record), *first, first_token, *rest, figures.machine_name(record)])
+    heads = ["workload", *kept[:3], "first token, ms", *kept[3:], "machine"]
+    return table("newest record of each group", heads, rows, _NUMBERS)
+
+
+def _suite(root: Path) -> str:
+    parts = []
+    for path, kept in suite_file.newest(root).values():
+        rows = []
+        for one in kept:
+            names = [bound["figure"] for bound in one["asked"]] or list(one["measured"])
+            said = {True: "reached", False: "not reached", None: "nothing asked"}[one["reached"]]
+            rows.append(
+                [
+                    one["what"],
+                    "; ".join(f"{bound['figure']} {bound['op']} {bound['bound']:g}" for bound in one["asked"]) or "-",
+                    "; ".join(f"{name} {changes.speed(one['measured'].get(name))}" for name in names) or "-",
+                    said if one["not_measured"] is None else f"not measured: {one['not_measured']}",
+                    one["parity"] or "-",
+                ]
+            )
+        parts.append(f"<h3>{escape(path.stem)}</h3>")
+        parts.append(table(path.stem, ["line", "asked", "measured", "result", "parity"], rows))
+    return "".join(parts)
+
+
+def _sweep(path: Path) -> str:
+    entries = points_file.read(path)
+    measured = [entry for entry in entries if points_file.is_measured(entry)]
+    varied = option.varied(measured) if measured else []
+    rows = []
+    for entry in entries:
+        name = ", ".join(f"{axis} {option.words(option.stored(entry, axis))}" for axis in varied) or entry["model"]
+        if not points_file.is_measured(entry):
+            rows.append([name, *["-"] * 5, f"{entry['status']}: {entry['reason']}"])
+            continue
+        speeds = [changes.speed(entry["tok_per_s"]), changes.speed(entry["decode_tok_per_s"])]
+        others = [changes.number(entry["ttft_ms"]), changes.number(entry["max_mem_mb"]), entry["parity"]]
+        rows.append([name, *speeds, changes.times_vanilla(entry), *others])
+    heads = ["point", "tok/s", "decode tok/s", "x vanilla", "first token, ms", "max MB", "parity"]
+    html = f"<h3>{escape(path.stem)}</h3>{table(path.stem, heads, rows, _NUMBERS)}"
+    try:
+        return html + picture(lambda target: plot.sweep(measured, target), f"{path.stem}: speed, with the spread")
+    except ValueError as fault:  # what varies cannot be one curve
+        return html + f"<p>Not drawn: {escape(str(fault))}.</p>"
+
+
+def _plots(records: list[dict], root: Path) -> str:
+    plots = ""
+    if history.series(records):
+        plots += picture(
+            lambda path: history.timeline(records, path),
+            "Decode speed over vanilla's, commit by commit, with the spread",
+        )
+    # A curve needs points with a ceiling; the suite's are among them where it ran.
+    kept = [one for _, run in suite_file.newest(root).values() for one in run]
+    if drawn := curve.points(records, kept):
+        plots += picture(
+            lambda path: curve.curve(drawn, path),
+            "Decode speed against the bytes of a token, under the memory's ceiling",
+        )
+    return plots
 
 
 def _log(records: list[dict]) -> str:
@@ -82,35 +112,52 @@ def _log(records: list[dict]) -> str:
         for rows in workloads.values():
             name = f"{machine}: {figures.workload_name(rows[0])}"
             lines = [_row(row, changes.compared_with(rows, index)) for index, row in enumerate(rows)]
-            parts.append(f"<h3>{escape(name)}</h3>{_table(name, _HEADS, lines)}")
+            parts.append(f"<h3>{escape(name)}</h3>{table(name, _HEADS, lines, _NUMBERS)}")
     return "".join(parts)
 
 
-def render(records: list[dict]) -> str:
-    """The page, from records in order of number. ValueError if there are none, or if matplotlib is missing."""
+def _cited(root: Path) -> str:
+    parts = []
+    for cited in words.cited(root):
+        heads = ["what changed", "compile", "tok/s", "max MB", "hash"]
+        rows = [
+            [row["what"], row["compile"], f"{row['tok_per_s']:.3f}", f"{row['max_mem_mb']:.2f}", row["hash"]]
+            for row in cited["rows"]
+        ]
+        about = "; ".join(cited[name] for name in ("machine", "model", "workload", "note"))
+        parts.append(f"<h3>{escape(cited['source'])}</h3><p>{escape(about)}</p>")
+        parts.append(table(cited["source"], heads, rows, _NUMBERS))
+    return "".join(parts)
+
+
+def _unmeasured(root: Path) -> str:
+    entries = words.unmeasured(root)
+    items = (f"<li>{escape(each['what'])}<pre>{escape(each['command'])}</pre></li>" for each in entries)
+    return f"<ul>{''.join(items)}</ul>" if entries else ""
+
+
+def render(records: list[dict], root: Path = ROOT) -> str:
+    """The page, from records in order of number and what else `root` keeps of suites, sweeps and words.
+
+    ValueError if there are no records, or if matplotlib or scipy is missing.
+    """
     if not records:
         raise ValueError("there is no record to report yet")
-    plots = ""
-    if history.series(records):
-        plots += _picture(history.timeline, records, "Decode speed over vanilla's, commit by commit, with the spread")
-    if drawn := curve.points(records):
-        plots += _picture(curve.curve, drawn, "Decode speed against the bytes of a token, under the memory's ceiling")
-    sections = [("results", "Newest results", _results(records)), ("log", "The log", _log(records))]
-    if plots:
-        sections.insert(1, ("plots", "Plots", plots))
-    links = "".join(f'<a href="#{name}">{title}</a>' for name, title, _ in sections)
-    body = "".join(
-        f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{title}</h2>{text}</section>'
-        for name, title, text in sections
+    sweeps = sorted((Path(root) / words.LOGS / "sweeps").glob("*.jsonl"))
+    sections = [
+        ("results", "Newest results", _results(records)),
+        ("suite", "What speed is judged by", _suite(root)),
+        ("plots", "Plots", _plots(records, root)),
+        ("sweeps", "Sweeps", "".join(map(_sweep, sweeps))),
+        ("log", "The log", _log(records)),
+        ("cited", "Cited, not measured here", _cited(root)),
+        ("unmeasured", "Not yet measured", _unmeasured(root)),
+    ]
+    last = (
+        f"{len(records)} records. Speeds are medians, with the smallest and largest sample behind them; ~ claims "
+        "nothing, because a test finds no difference."
     )
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-        f"<title>fastllama: measurements</title><style>{_STYLE}</style></head><body>"
-        f'<header><h1>fastllama: measurements</h1><nav aria-label="sections">{links}</nav></header>'
-        f"<main>{body}</main><footer><p>{len(records)} records. Speeds are medians, with the smallest and largest "
-        "sample behind them; ~ claims nothing, because the runs overlap.</p></footer></body></html>\n"
-    )
+    return page("fastllama: measurements", sections, last)
 
 
 def arguments(commands) -> None:
@@ -123,6 +170,6 @@ def run(arguments, records: list[dict]) -> int:
     """Write the page; the exit code."""
     if not arguments.output.resolve().parent.is_dir():
         raise ValueError(f"{arguments.output}: there is no folder {arguments.output.parent}")
-    words.write_atomically(arguments.output, render(records))
+    words.write_atomically(arguments.output, render(records, arguments.root))
     print(arguments.output)
     return 0
