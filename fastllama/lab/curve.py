@@ -102,13 +102,19 @@ def curve(drawn: list[dict], path: Path) -> Path:
     ours = [point["row_tok_per_s"] for point in drawn]
     vanilla = [point["baseline"]["row_tok_per_s"] for point in drawn]
     axes.vlines(sizes, vanilla, ours, color=canvas.GRAY, lw=1)
-    spreads = [[figures.spread(point, "row_tok_per_s", baseline) for point in drawn] for baseline in (False, True)]
-    samples = {"fmt": "none", "zorder": 2.5, **canvas.WHISKER}
-    axes.errorbar(sizes, ours, yerr=canvas.reaches(ours, spreads[0]), **samples)
-    axes.errorbar(sizes, vanilla, yerr=canvas.reaches(vanilla, spreads[1]), **samples)
-    axes.plot(sizes, ours, "o", color=canvas.INK, markersize=7, label="fastllama")
-    white = {"markerfacecolor": "white", "markersize": 6}
-    axes.plot(sizes, vanilla, "D", color=canvas.GRAY, label="vanilla transformers, same run", **white)
+    for medians, is_baseline in ((ours, False), (vanilla, True)):
+        spreads = [figures.spread(point, "row_tok_per_s", is_baseline) for point in drawn]
+        reaches = canvas.reaches(medians, spreads)
+        axes.errorbar(sizes, medians, yerr=reaches, fmt="none", zorder=1.9, **canvas.WHISKER)
+    for index, machine in enumerate(machines):
+        mine = [place for place, point in enumerate(drawn) if figures.machine_name(point) == machine]
+        xs = [sizes[place] for place in mine]
+        style = {"marker": canvas.style(index)["marker"], "linestyle": "none"}
+        name = "fastllama" if len(machines) == 1 else f"fastllama, {machine}"
+        axes.plot(xs, [ours[place] for place in mine], **style, color=canvas.INK, markersize=7, label=name)
+        name = None if index else "hollow: vanilla transformers, same run"
+        hollow = {"color": canvas.GRAY, "markerfacecolor": "white", "markersize": 6, "label": name}
+        axes.plot(xs, [vanilla[place] for place in mine], **style, **hollow)
     axes.set_ylim(bottom=min(*ours, *vanilla) / 3)
     axes.set_xlabel("bytes that a token must read")
     axes.set_ylabel("steps per second, one row: median, smallest, largest")

@@ -9,6 +9,7 @@ from pathlib import Path
 from fastllama.lab import canvas, changes, figures, statistics
 
 _LABELS = 30  # commits whose names fit beside each other
+_TOGETHER = 8  # groups that one panel can tell apart
 
 
 def series(records: list[dict]) -> dict[str, list[dict]]:
@@ -23,7 +24,7 @@ def series(records: list[dict]) -> dict[str, list[dict]]:
 
 
 def _panel(axes, groups: list[list[dict]], commits: list[str]) -> None:
-    width = min(0.12, 0.7 / len(groups))
+    width = min(0.16, 0.7 / len(groups))
     for index, rows in enumerate(groups):
         # Beside each other, so that no whisker hides another.
         offset = (index - (len(groups) - 1) / 2) * width
@@ -40,6 +41,8 @@ def _panel(axes, groups: list[list[dict]], commits: list[str]) -> None:
         )
     axes.axhline(1, color="black", lw=0.8, linestyle=(0, (1, 2)))
     axes.set_yscale("log", base=2)
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, 0.8), max(high, 2.2))  # so that two ticks tell the scale
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.grid(axis="y", color=canvas.GRID, lw=0.6)
     axes.set_axisbelow(True)
@@ -50,7 +53,7 @@ def _panel(axes, groups: list[list[dict]], commits: list[str]) -> None:
 
 
 def timeline(records: list[dict], path: Path) -> Path:
-    """Draw every group as a line over the commits, a panel per machine, narrow enough for a telephone's page.
+    """Draw every group as a line over the commits, panels by machine, narrow enough for the page of a phone.
 
     path: .png or .svg; returns it. ValueError if no record has vanilla beside it.
     """
@@ -63,12 +66,17 @@ def timeline(records: list[dict], path: Path) -> Path:
     machines: dict[str, list[list[dict]]] = {}
     for rows in found.values():
         machines.setdefault(figures.machine_name(rows[0]), []).append(rows)
-    heights = [3.4 + 0.2 * len(groups) for groups in machines.values()]
+    panels = [
+        (machine, groups[start : start + _TOGETHER])
+        for machine, groups in machines.items()
+        for start in range(0, len(groups), _TOGETHER)
+    ]
+    heights = [3.4 + 0.2 * len(groups) for _, groups in panels]
     figure = plt.figure(figsize=(5.6, sum(heights)), layout="constrained")
-    panels = figure.subfigures(len(machines), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for (machine, groups), panel in zip(machines.items(), panels, strict=True):
-        axes = panel.subplots()
+    places = figure.subfigures(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for (machine, groups), place in zip(panels, places, strict=True):
+        axes = place.subplots()
         _panel(axes, groups, commits)
         axes.set_title(textwrap.fill(machine, 70), fontsize=9, loc="left")
-        panel.legend(frameon=False, fontsize=8, loc="outside lower left")
+        place.legend(frameon=False, fontsize=8, loc="outside lower left")
     return canvas.save(plt, figure, path)
