@@ -1,5 +1,6 @@
 """Pictures: what is along the axis, what stands beside what, and what is no picture."""
 
+import itertools
 import json
 import sys
 
@@ -195,6 +196,9 @@ def test_numbers_beside_none_are_words(figure):
 def test_a_cache_that_was_not_chosen_is_as_long_as_it_must_be(figure):
     (axes,) = figure(plot_sweep.sweep, [point(), point(cache_length=4800)]).axes
     assert lines(axes)[VANILLA][0] == [1200, 4800]
+    # One length for all of them is none that varies, also where it is just what a point needs.
+    points = [point(cache_length=1200), point(prompt_length=500, cache_length=1200)]
+    assert figure(plot_sweep.sweep, points).axes[0].get_xlabel() == "prompt length, tokens"
 
 
 def test_the_second_option_is_a_series_per_value(figure):
@@ -225,7 +229,7 @@ def test_the_last_of_two_counts_and_what_is_not_there_is_named(figure):
     assert lines(axes)["fastllama: preallocated, no"][1][1] == new["tok_per_s"]
     title = " ".join(axes.get_title(loc="left").split())
     assert title.endswith("not shown: batch_size=64: skipped")
-    one_token = [point(), point(new_tokens=1), point(new_tokens=50)]
+    one_token = [point(new_tokens=size, cache_length=1000 + size) for size in (1, 50, 200)]
     (axes,) = figure(plot_sweep.sweep, one_token, figure="decode_tok_per_s").axes
     assert "not shown: new_tokens=1: no decode_tok_per_s" in axes.get_title(loc="left")
 
@@ -244,7 +248,7 @@ REFUSED = {
     "nothing varies": ([point(), point()], {}, "nothing varies"),
     "one left": ([point(), skipped(2)], {}, r"nothing varies .*batch_size=2: skipped"),
     "three": (
-        [point(), point(batch_size=2, prompt_length=10, dtype="bf16")],
+        [point(), point(batch_size=2, prompt_length=10, cache_length=210, dtype="bf16")],
         {},
         "at most two options, and here 3 vary: dtype, batch_size, prompt_length",
     ),
@@ -317,7 +321,7 @@ def test_the_timeline_is_narrow_and_its_groups_can_be_told_apart(figure):
     drawn = list(lines(axes).values())
     for place in range(3):
         xs = sorted(group[0][place] for group in drawn)
-        assert round(xs[0]) == round(xs[-1]) == place and all(b - a > 0.1 for a, b in zip(xs, xs[1:], strict=False))
+        assert round(xs[0]) == round(xs[-1]) == place and all(b - a > 0.1 for a, b in itertools.pairwise(xs))
     own = [each for each in records if each["model"] == "model-2"]
     ratios = [statistics.ratios_to_vanilla(each) for each in own]
     assert drawn[2][1] == [each["decode_speedup"] for each in own]

@@ -12,7 +12,6 @@ _NAMES = ("seed",)
 _UNITS = {
     "batch_size": "rows",
     "prompt_length": "tokens",
-    "new_tokens": "tokens",
     "cache_length": "positions",
     "bucket": "positions",
     "prefill_chunk": "tokens",
@@ -80,7 +79,8 @@ def _varied(points: list[dict]) -> list[str]:
 
     def counts(name: str) -> bool:
         is_ours = (OPTIONS[name].place == "switch" and name != "compile") or name == "cache_length"
-        return not is_ours or len({option.stored(point, name) for point in ours}) > 1
+        # Of one length that was chosen, the one that a point would have had anyway is stored no other way.
+        return not is_ours or all(len({of(point, name) for point in ours}) > 1 for of in (option.stored, value))
 
     return [name for name in option.varied(points) if counts(name)]
 
@@ -126,7 +126,7 @@ def swept(entries: list[dict], figure: str, axis: str | None = None) -> Swept:
     machines = list(dict.fromkeys(figures.machine_name(entry) for entry in entries if "status" not in entry))
     if len(machines) > 1:
         raise ValueError(f"the points are of {len(machines)} machines, which are not compared: {'; '.join(machines)}")
-    every = option.varied(newest)
+    every = _varied(newest)
     missing = [
         _named(entry, every, entry.get("status", f"no {figure}"))
         for entry in newest
