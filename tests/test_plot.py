@@ -90,7 +90,7 @@ def marks(axes) -> list[tuple]:
     return [(line.get_marker(), line.get_linestyle(), line.get_markerfacecolor() == "white") for line in made]
 
 
-VANILLA = "hollow: vanilla transformers, same run"
+VANILLA = canvas.VANILLA
 KINDS = {
     "rows": (plot_rows.rows, [fake_record(1, vanilla=None), fake_record(2), fake_record(3, commit="b" * 40)]),
     "sizes": (plot_sweep.sweep, batches(1, 2, 4)),
@@ -209,6 +209,8 @@ def test_the_second_option_is_a_series_per_value(figure):
         mine = [each for each in points if each["switches"]["fuse"] == fuse]
         assert drawn[f"fuse={fuse}"][:2] == ([16, 64, 256], [each["tok_per_s"] for each in mine])
     assert VANILLA in drawn and len(drawn) == 4
+    (legend,) = axes.figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["fuse=all", "fuse=no", VANILLA]
     assert len(set(marks(axes))) == 4 and [hollow for _, _, hollow in marks(axes)] == [False, True] * 2
     (axes,) = figure(plot_sweep.sweep, points, axis="fuse").axes
     assert axes.get_xlabel() == "fuse" and {"bucket=16", "bucket=64", "bucket=256"} < lines(axes).keys()

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 INK, GRAY, SHADE, GRID = "#1f3a5f", "#6b7280", "#c9ced6", "#e5e7eb"
+VANILLA = "hollow: vanilla transformers, same run"
 WHISKER = {"ecolor": "black", "elinewidth": 1, "capsize": 2.5}
 _FORMATS = (".png", ".svg")
 _MARKERS, _LINES = "os^vDPX*", ("-", "--", "-.", ":")

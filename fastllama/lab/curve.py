@@ -112,7 +112,7 @@ def curve(drawn: list[dict], path: Path) -> Path:
         style = {"marker": canvas.style(index)["marker"], "linestyle": "none"}
         name = "fastllama" if len(machines) == 1 else f"fastllama, {machine}"
         axes.plot(xs, [ours[place] for place in mine], **style, color=canvas.INK, markersize=7, label=name)
-        name = None if index else "hollow: vanilla transformers, same run"
+        name = None if index else canvas.VANILLA
         hollow = {"color": canvas.GRAY, "markerfacecolor": "white", "markersize": 6, "label": name}
         axes.plot(xs, [vanilla[place] for place in mine], **style, **hollow)
     axes.set_ylim(bottom=min(*ours, *vanilla) / 3)

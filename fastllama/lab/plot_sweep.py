@@ -90,16 +90,17 @@ def draw(found: Swept, path: Path, figure: str, more: Callable | None = None) ->
     drawing, axes = plt.subplots(figsize=(6.5, 4.5), layout="constrained")
     names = [None] if found.series is None else found.values(found.series)
     slots = 2 * len(names)
-    beside = False
+    beside, ours = False, []
     for index, name in enumerate(names):
         points, style = found.of(name), canvas.style(index)
         style |= {} if found.is_numeric else {"linestyle": "none"}
         label = _subject(found) if name is None else f"{found.series}={option.words(name)}"
+        ours.append(label)
         _line(axes, _places(found, points, 2 * index, slots), points, figure, False, label=label, **style)
         compared = [point for point in points if point["baseline"] and point["baseline"][figure] is not None]
         if compared:
             hollow = style | {"color": canvas.GRAY, "markerfacecolor": "white", "linewidth": 1}
-            words = {} if beside else {"label": "hollow: vanilla transformers, same run"}
+            words = {} if beside else {"label": canvas.VANILLA}
             _line(axes, _places(found, compared, 2 * index + 1, slots), compared, figure, True, **words, **hollow)
             beside = True
     if more is not None:
@@ -113,7 +114,13 @@ def draw(found: Swept, path: Path, figure: str, more: Callable | None = None) ->
     words, known = FIGURES[figure]
     axes.set_ylabel(f"{words}: median, smallest, largest" if known else words)
     axes.set_title(_title(found), fontsize=9, loc="left")
-    drawing.legend(frameon=False, fontsize=8, loc="outside lower left")
+    # Ours first, then what stands beside it.
+    order = [*ours, canvas.VANILLA]
+    entries = sorted(
+        zip(*axes.get_legend_handles_labels(), strict=True),
+        key=lambda entry: order.index(entry[1]) if entry[1] in order else len(order),
+    )
+    drawing.legend(*zip(*entries, strict=True), frameon=False, fontsize=8, loc="outside lower left")
     return canvas.save(plt, drawing, path)
 
 
