@@ -6,12 +6,16 @@ import sys
 
 import pytest
 
+import run_llama
 from fastllama.lab import __main__ as command_line
 from fastllama.lab import (
     canvas,
+    ceiling,
     curve,
     figures,
     history,
+    measure,
+    memory,
     plot_memory,
     plot_rows,
     plot_sweep,
@@ -20,6 +24,7 @@ from fastllama.lab import (
     statistics,
 )
 from tests.fake_records import ENVIRONMENT, fake_record, point
+from tests.test_measure import write_tiny
 
 matplotlib = pytest.importorskip("matplotlib")
 
@@ -440,3 +445,18 @@ def test_without_matplotlib_the_extra_is_named(kind, tmp_path, monkeypatch):
     draw, content = KINDS[kind]
     with pytest.raises(ValueError, match=r"pip install -e \"\.\[plot\]\""):
         draw(content, tmp_path / "x.png")
+
+
+def test_a_sweep_that_was_just_measured(tmp_path, plot, monkeypatch):
+    model = write_tiny(tmp_path / "tiny")
+    monkeypatch.setattr(memory, "peaks", lambda point, name: memory.Peaks(10.0, 20.0, 0.5))
+    monkeypatch.setattr(measure, "Ceiling", lambda device: ceiling.Ceiling(device, 2**20))
+    file, picture = tmp_path / "s.jsonl", tmp_path / "x.svg"
+    argv = ["--model", model, "--dtype", "fp32", "--device", "cpu", "--prompt-length", "12", "--new-tokens", "4"]
+    argv += ["--runs", "2", "--warmup", "0", "--preallocate", "--do-sample", "--json", file]
+    assert run_llama.main([*map(str, argv), "--sweep", "temperature=0.5,1.5", "--sweep", "batch_size=1,2"]) == 0
+    for kind in ("sweep", "memory"):
+        assert plot(kind, file, "--axis", "temperature", "-o", picture)[0] == 0
+        text = picture.read_text()
+        assert ">batch_size=1<" in text and ">batch_size=2<" in text and ">temperature<" in text and ">1.5<" in text
+        assert "do_sample=true" in text and f">{canvas.VANILLA}<" in text
