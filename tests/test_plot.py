@@ -203,7 +203,8 @@ def test_a_cache_that_was_not_chosen_is_as_long_as_it_must_be(figure):
     assert lines(axes)[VANILLA][0] == [1200, 4800]
     # One length for all of them is none that varies, also where it is just what a point needs.
     points = [point(cache_length=1200), point(prompt_length=500, cache_length=1200)]
-    assert figure(plot_sweep.sweep, points).axes[0].get_xlabel() == "prompt length, tokens"
+    (axes,) = figure(plot_sweep.sweep, points).axes
+    assert axes.get_xlabel() == "prompt length, tokens" and "fastllama: preallocated, no" in lines(axes)
 
 
 def test_the_second_option_is_a_series_per_value(figure):
@@ -260,7 +261,7 @@ REFUSED = {
         "at most two options, and here 3 vary: dtype, batch_size, prompt_length",
     ),
     "machines": ([point(), point(batch_size=2, environment=OTHER)], {}, "2 machines.*Example CPU.*Other CPU"),
-    "a machine behind a newer point": ([point(), point(environment=OTHER), point(batch_size=2)], {}, "2 machines"),
+    "a machine behind a newer point": ([point(environment=OTHER), point(), point(batch_size=2)], {}, "2 machines"),
     "series": (
         [point(model=f"m{n}", dtype=d) for n in range(9) for d in ("fp32", "bf16")],
         {"axis": "dtype"},
