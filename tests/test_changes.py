@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from fastllama.lab import __main__ as command_line
-from fastllama.lab import changes, plot, points_file, readme, record, sources, suite, words
+from fastllama.lab import changes, points_file, readme, record, sources, suite, words
 from tests.fake_records import COMMIT, fake_record, make_repository, point
 
 OTHER = "fedcba9876543210fedcba9876543210fedcba98"
@@ -270,57 +270,6 @@ def test_every_switch_is_in_the_table(tmp_path):
 def test_wrong_markers_are_refused(text):
     with pytest.raises(ValueError, match=r"README\.md"):
         readme.render(text, [])
-
-
-# --- pictures
-
-
-@pytest.mark.parametrize("suffix", ["png", "svg"])
-def test_pictures_are_drawn(tmp_path, suffix):
-    pytest.importorskip("matplotlib")
-    rows = [fake_record(1, "vanilla", vanilla=None, speed=20.0), fake_record(2), fake_record(3, vanilla=None)]
-    points = [point(batch_size=size, speed=40.0 / size) for size in (1, 2, 4)]
-    start = {"png": b"\x89PNG", "svg": b"<?xml"}[suffix]
-    for name, draw, content in (("rows", plot.rows, rows), ("sweep", plot.sweep, points)):
-        first = draw(content, tmp_path / f"{name}.{suffix}").read_bytes()
-        assert first.startswith(start)
-        assert draw(content, tmp_path / f"{name}2.{suffix}").read_bytes() == first
-
-
-def test_a_sweep_is_one_curve(tmp_path):
-    for points in (
-        [],
-        [point(), point()],
-        [point(batch_size=1), point(batch_size=2, prompt_length=10)],
-        [point(batch_size=1), point(batch_size=2, model="other")],
-    ):
-        with pytest.raises(ValueError):
-            plot.sweep(points, tmp_path / "x.png")
-    with pytest.raises(ValueError, match=r"\.png or \.svg"):
-        plot.sweep([point()], tmp_path / "x.jpg")
-    with pytest.raises(ValueError, match="no folder"):
-        plot.rows([fake_record()], tmp_path / "none" / "x.png")
-    one_token = fake_record(1, new_tokens=1)
-    with pytest.raises(ValueError, match="decode"):
-        plot.rows([one_token], tmp_path / "x.png")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_group_is_chosen_by_its_name():
-    records = [fake_record(1), fake_record(2, model="other"), fake_record(3, dtype="bf16")]
-    assert plot.choose(records) == records[2:]
-    assert plot.choose(records, "other fp32") == records[1:2]
-    for group in ("demo", "nothing"):
-        with pytest.raises(ValueError, match="groups"):
-            plot.choose(records, group)
-    with pytest.raises(ValueError, match="no record"):
-        plot.choose([])
-
-
-def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ValueError, match=r"pip install -e \"\.\[plot\]\""):
-        plot.rows([fake_record()], tmp_path / "x.png")
 
 
 # --- the command line

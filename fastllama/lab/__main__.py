@@ -8,16 +8,12 @@ from fastllama.lab import (
     board,
     changes,
     compare,
-    curve,
     doctor,
     export,
-    history,
     plot,
-    points_file,
     readme,
     record,
     report,
-    suite_file,
     words,
 )
 from fastllama.lab.sources import ROOT
@@ -44,18 +40,7 @@ def _parser() -> argparse.ArgumentParser:
 
     compare.arguments(commands)
 
-    drawing = commands.add_parser("plot", help="draw the log, a sweep or the ceiling").add_subparsers(
-        dest="kind", required=True
-    )
-    rows = drawing.add_parser("rows", help="decode tok/s of each row of one group, beside vanilla")
-    rows.add_argument("--group", help="part of the group's machine or workload (default: the newest record's group)")
-    sweep = drawing.add_parser("sweep", help="tok/s against batch size or prompt length")
-    sweep.add_argument("file", type=Path, help="what run_llama.py --json wrote")
-    ceiling = drawing.add_parser("curve", help="decode speed against the bytes of a token, beside the ceiling")
-    ceiling.add_argument("--suite", type=Path, metavar="FILE", help="also the points of a file of tb_logs/suite")
-    times = drawing.add_parser("timeline", help="x vanilla of each group over its commits")
-    for part in (rows, sweep, ceiling, times):
-        part.add_argument("-o", "--output", type=Path, required=True, help="a .png or .svg file")
+    plot.arguments(commands)
     return parser
 
 
@@ -84,11 +69,8 @@ def _run(arguments) -> int:
         return export.run(arguments)
     if arguments.command == "doctor":
         return doctor.run(arguments)
-    if arguments.command == "plot" and arguments.kind == "sweep":
-        if not arguments.file.exists():
-            raise FileNotFoundError(f"there is no file {arguments.file}")
-        print(plot.sweep(points_file.read_measured(arguments.file), arguments.output))
-        return 0
+    if arguments.command == "plot":
+        return plot.run(arguments)
     if arguments.command == "compare":
         return compare.run(arguments)
     records = record.read_all(arguments.root)
@@ -98,17 +80,7 @@ def _run(arguments) -> int:
         count = board.write_all(records, arguments.root / words.LOGS)
         print(f"{count} records written for tensorboard --logdir {words.LOGS}")
         return 0
-    if arguments.command == "report":
-        return report.run(arguments, records)
-    if arguments.kind == "timeline":
-        print(history.timeline(records, arguments.output))
-        return 0
-    if arguments.kind == "curve":
-        drawn = curve.points(records, suite_file.read(arguments.suite) if arguments.suite else [])
-        print(curve.curve(drawn, arguments.output))
-        return 0
-    print(plot.rows(plot.choose(records, arguments.group), arguments.output))
-    return 0
+    return report.run(arguments, records)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,9 +6,8 @@ matplotlib is an extra and is imported where it is needed.
 from pathlib import Path
 from statistics import median
 
-from fastllama.lab import changes, figures, plot
+from fastllama.lab import canvas, changes, figures
 
-_INK, _GRAY, _BAND = "#1f3a5f", "#6b7280", "#c9ced6"
 # Where a label may be, in points from its point, the nearest first. The ceiling falls from the upper left, so what
 # is left of a point is below it and what is right and above is beyond it.
 _OFFSETS = sorted(
@@ -52,7 +51,7 @@ def _label(axes, renderer, taken: list, text: str, x: float, y: float) -> None:
     from matplotlib.text import Text
 
     for dx, dy in _OFFSETS:
-        leader = {"arrowstyle": "-", "color": _GRAY, "lw": 0.6, "shrinkA": 0, "shrinkB": 4}
+        leader = {"arrowstyle": "-", "color": canvas.GRAY, "lw": 0.6, "shrinkA": 0, "shrinkB": 4}
         leader["relpos"] = (0, 0.5) if dx > 0 else (1, 0.5)
         note = axes.annotate(
             text,
@@ -80,7 +79,7 @@ def curve(drawn: list[dict], path: Path) -> Path:
 
     drawn: as `points` gives. path: .png or .svg. Returns the path. ValueError if there is nothing to draw.
     """
-    path, plt = plot._target(path), plot._pyplot()
+    path, plt = canvas.target(path), canvas.pyplot()
     if not drawn:
         raise ValueError("no record has one row of ours beside vanilla, so there is no curve to draw")
     from matplotlib.transforms import Bbox
@@ -97,21 +96,31 @@ def curve(drawn: list[dict], path: Path) -> Path:
         middle, lowest, highest = (value * 1e9 for value in (median(ceilings), min(ceilings), max(ceilings)))
         where = f"{machine}: " if len(machines) > 1 else ""
         name = f"{where}ceiling {middle / 1e9:.0f} GB/s ({lowest / 1e9:.0f} to {highest / 1e9:.0f})"
-        axes.fill_between(reach, [lowest / x for x in reach], [highest / x for x in reach], color=_BAND, lw=0)
+        axes.fill_between(reach, [lowest / x for x in reach], [highest / x for x in reach], color=canvas.SHADE, lw=0)
         axes.plot(reach, [middle / x for x in reach], styles[index % 4], color="black", lw=1, label=name)
     axes.set_xlim(reach)
     ours = [point["row_tok_per_s"] for point in drawn]
     vanilla = [point["baseline"]["row_tok_per_s"] for point in drawn]
-    axes.vlines(sizes, vanilla, ours, color=_GRAY, lw=1)
-    axes.plot(sizes, ours, "o", color=_INK, markersize=7, label="fastllama")
-    white = {"markerfacecolor": "white", "markersize": 6}
-    axes.plot(sizes, vanilla, "D", color=_GRAY, label="vanilla transformers, same run", **white)
+    axes.vlines(sizes, vanilla, ours, color=canvas.GRAY, lw=1)
+    for medians, is_baseline in ((ours, False), (vanilla, True)):
+        spreads = [figures.spread(point, "row_tok_per_s", is_baseline) for point in drawn]
+        reaches = canvas.reaches(medians, spreads)
+        axes.errorbar(sizes, medians, yerr=reaches, fmt="none", zorder=1.9, **canvas.WHISKER)
+    for index, machine in enumerate(machines):
+        mine = [place for place, point in enumerate(drawn) if figures.machine_name(point) == machine]
+        xs = [sizes[place] for place in mine]
+        style = {"marker": canvas.style(index)["marker"], "linestyle": "none"}
+        name = "fastllama" if len(machines) == 1 else f"fastllama, {machine}"
+        axes.plot(xs, [ours[place] for place in mine], **style, color=canvas.INK, markersize=7, label=name)
+        name = None if index else canvas.VANILLA
+        hollow = {"color": canvas.GRAY, "markerfacecolor": "white", "markersize": 6, "label": name}
+        axes.plot(xs, [vanilla[place] for place in mine], **style, **hollow)
     axes.set_ylim(bottom=min(*ours, *vanilla) / 3)
     axes.set_xlabel("bytes that a token must read")
-    axes.set_ylabel("steps per second, one row")
+    axes.set_ylabel("steps per second, one row: median, smallest, largest")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e9:g} GB" if value >= 1e9 else f"{value / 1e6:g} MB")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
-    axes.grid(color="#e5e7eb", lw=0.6)
+    axes.grid(color=canvas.GRID, lw=0.6)
     axes.set_axisbelow(True)
     if len(machines) == 1:
         axes.set_title(machines[0], fontsize=9, loc="left")
@@ -135,4 +144,4 @@ def curve(drawn: list[dict], path: Path) -> Path:
         share = f", {100 * point['ceiling_fraction']:.0f} % of ceiling" if point["ceiling_fraction"] else ""
         model = point["model"].partition(":")[2] or point["model"]
         _label(axes, renderer, taken, f"{model} {point['dtype']}\n{changes.speed(y)}/s{share}", x, y)
-    return plot._save(plt, figure, path)
+    return canvas.save(plt, figure, path)

@@ -6,9 +6,10 @@ matplotlib is an extra and is imported where it is needed.
 import textwrap
 from pathlib import Path
 
-from fastllama.lab import changes, figures, plot, statistics
+from fastllama.lab import canvas, changes, figures, statistics
 
-_STYLES = [("o", "-"), ("s", "--"), ("^", "-."), ("v", ":"), ("D", "-"), ("P", "--"), ("X", "-."), ("*", ":")]
+_LABELS = 30  # commits whose names fit beside each other
+_TOGETHER = 8  # groups that one panel can tell apart
 
 
 def series(records: list[dict]) -> dict[str, list[dict]]:
@@ -22,39 +23,60 @@ def series(records: list[dict]) -> dict[str, list[dict]]:
     return found
 
 
-def timeline(records: list[dict], path: Path) -> Path:
-    """Draw every group as a line over the commits, a panel per machine. path: .png or .svg; returns it.
+def _panel(axes, groups: list[list[dict]], commits: list[str]) -> None:
+    width = min(0.16, 0.7 / len(groups))
+    for index, rows in enumerate(groups):
+        # Beside each other, so that no whisker hides another.
+        offset = (index - (len(groups) - 1) / 2) * width
+        medians = [row["decode_speedup"] for row in rows]
+        ratios = [statistics.ratios_to_vanilla(row) for row in rows]
+        style = canvas.style(index)
+        axes.errorbar(
+            [commits.index(row["commit"]) + offset for row in rows],
+            medians,
+            yerr=canvas.reaches(medians, [(min(each), max(each)) for each in ratios]),
+            label=textwrap.fill(figures.workload_name(rows[0]), 66),
+            **canvas.WHISKER | {"ecolor": style["color"]},
+            **style,
+        )
+    axes.axhline(1, color="black", lw=0.8, linestyle=(0, (1, 2)))
+    axes.set_yscale("log", base=2)
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, 0.8), max(high, 2.2))  # so that two ticks tell the scale
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.grid(axis="y", color=canvas.GRID, lw=0.6)
+    axes.set_axisbelow(True)
+    axes.set_xlim(-0.5, len(commits) - 0.5)
+    shown = range(0, len(commits), -(-len(commits) // _LABELS))
+    axes.set_xticks(shown, [commits[place][:7] for place in shown], rotation=90, fontsize=8)
+    axes.set_ylabel("decode tok/s, x vanilla of the same run:\nmedian, smallest, largest")
 
-    ValueError if no record has vanilla beside it.
+
+def timeline(records: list[dict], path: Path) -> Path:
+    """Draw every group as a line over the commits, panels by machine, narrow enough for the page of a phone.
+
+    path: .png or .svg; returns it. ValueError if no record has vanilla beside it.
     """
-    path, plt = plot._target(path), plot._pyplot()
+    path, plt = canvas.target(path), canvas.pyplot()
     found = series(records)
     if not found:
         raise ValueError("no record has a decode speed beside vanilla's, so there is no timeline to draw")
-    machines = list(dict.fromkeys(figures.machine_name(rows[0]) for rows in found.values()))
-    commits = list(dict.fromkeys(row["commit"] for row in records if any(row in rows for rows in found.values())))
-    figure, panels = plt.subplots(
-        len(machines), figsize=(9, 0.8 + 3.6 * len(machines)), layout="constrained", squeeze=False
-    )
-    for machine, axes in zip(machines, panels[:, 0], strict=True):
-        mine = [rows for rows in found.values() if figures.machine_name(rows[0]) == machine]
-        for index, rows in enumerate(mine):
-            marker, line = _STYLES[index % len(_STYLES)]
-            medians = [row["decode_speedup"] for row in rows]
-            ratios = [statistics.ratios_to_vanilla(row) for row in rows]
-            spreads = [(min(each), max(each)) for each in ratios]
-            below = [max(0.0, median - low) for median, (low, _) in zip(medians, spreads, strict=True)]
-            above = [max(0.0, high - median) for median, (_, high) in zip(medians, spreads, strict=True)]
-            axes.errorbar(
-                [commits.index(row["commit"]) for row in rows], medians, yerr=[below, above], marker=marker,
-                linestyle=line, color=plot._INK if index % 2 == 0 else "#6b7280", capsize=2.5, elinewidth=1,
-                markersize=5.5, label=textwrap.shorten(figures.workload_name(rows[0]), 70, placeholder=" ..."),
-            )  # fmt: skip
-        axes.axhline(1, color="black", lw=0.8, linestyle=(0, (1, 2)))
-        axes.set_xlim(-0.5, len(commits) - 0.5)
-        axes.set_ylim(bottom=0)
-        axes.set_xticks(range(len(commits)), [sha[:7] for sha in commits], rotation=60, fontsize=7)
-        axes.set_ylabel("x vanilla")
-        axes.set_title(machine, fontsize=9, loc="left")
-        axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-    return plot._save(plt, figure, path)
+    drawn = {row["commit"] for rows in found.values() for row in rows}
+    commits = [sha for sha in dict.fromkeys(row["commit"] for row in records) if sha in drawn]
+    machines: dict[str, list[list[dict]]] = {}
+    for rows in found.values():
+        machines.setdefault(figures.machine_name(rows[0]), []).append(rows)
+    panels = [
+        (machine, groups[start : start + _TOGETHER])
+        for machine, groups in machines.items()
+        for start in range(0, len(groups), _TOGETHER)
+    ]
+    heights = [3.4 + 0.2 * len(groups) for _, groups in panels]
+    figure = plt.figure(figsize=(5.6, sum(heights)), layout="constrained")
+    places = figure.subfigures(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for (machine, groups), place in zip(panels, places, strict=True):
+        axes = place.subplots()
+        _panel(axes, groups, commits)
+        axes.set_title(textwrap.fill(machine, 70), fontsize=9, loc="left")
+        place.legend(frameon=False, fontsize=8, loc="outside lower left")
+    return canvas.save(plt, figure, path)

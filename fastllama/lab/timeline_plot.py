@@ -3,7 +3,7 @@
 import importlib.util
 from pathlib import Path
 
-from fastllama.lab import plot
+from fastllama.lab import canvas
 
 _HATCHES = ("", "//", "", "\\\\")
 
@@ -15,15 +15,15 @@ def can_draw() -> bool:
 
 def draw(seen: dict, path: Path) -> Path:
     """Draw what `timeline.timeline` saw as .png or .svg; returns the path. Raises `ValueError` without matplotlib."""
-    plt = plot._pyplot()
+    plt = canvas.pyplot()
     figure, axes = plt.subplots(figsize=(7.5, 3.6))
     times, levels = zip(*seen["samples_s_mb"], strict=True)
-    axes.plot(times, levels, color=plot._INK, linewidth=1.2, drawstyle="steps-post")
+    axes.plot(times, levels, color=canvas.INK, linewidth=1.2, drawstyle="steps-post")
     highest = max(phase["peak_mb"] for phase in seen["phases"])
     for phase, hatch in zip(seen["phases"], _HATCHES * len(seen["phases"]), strict=False):
         start, end = phase["start_s"], phase["end_s"]
         axes.axvspan(start, end, facecolor="white" if not hatch else "#eeeeee", hatch=hatch, edgecolor="#dddddd")
-        axes.hlines(phase["peak_mb"], start, end, color=plot._INK, linestyle="dotted", linewidth=1.0)
+        axes.hlines(phase["peak_mb"], start, end, color=canvas.INK, linestyle="dotted", linewidth=1.0)
     # Each name at a height of its own: a phase may be too short for it.
     for index, phase in enumerate(seen["phases"]):
         middle = (phase["start_s"] + phase["end_s"]) / 2
@@ -46,4 +46,4 @@ def draw(seen: dict, path: Path) -> Path:
         fontsize=8,
         pad=12,
     )
-    return plot._save(plt, figure, path)
+    return canvas.save(plt, figure, path)
