@@ -3,7 +3,7 @@
 from html import escape
 from pathlib import Path
 
-from fastllama.lab import changes, curve, figures, history, option, plot, points_file, suite_file, words
+from fastllama.lab import changes, curve, figures, history, option, plot_sweep, points_file, suite_file, words
 from fastllama.lab.page import page, picture, table
 from fastllama.lab.sources import ROOT
 
@@ -84,7 +84,7 @@ def _sweep(path: Path) -> str:
     heads = ["point", "tok/s", "decode tok/s", "x vanilla", "first token, ms", "max MB", "parity"]
     html = f"<h3>{escape(path.stem)}</h3>{table(path.stem, heads, rows, _NUMBERS)}"
     try:
-        return html + picture(lambda target: plot.sweep(measured, target), f"{path.stem}: speed, with the spread")
+        return html + picture(lambda target: plot_sweep.sweep(entries, target), f"{path.stem}: speed, with the spread")
     except ValueError as fault:  # what varies cannot be one curve
         return html + f"<p>Not drawn: {escape(str(fault))}.</p>"
 
