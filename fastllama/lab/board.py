@@ -3,8 +3,8 @@
 A run per record, the record's number as its step.
 """
 
+import html
 import json
-import re
 from datetime import datetime
 from pathlib import Path
 
@@ -40,9 +40,16 @@ def step(record: dict) -> int:
 
 
 def as_text(text: str) -> str:
-    """Markdown that shows `text` as it is, markup and all."""
-    # A block of code by its indent: text can end any fence, and no text ends an indent.
-    return "\n".join("    " + line for line in re.split(r"\r\n|\r|\n", text))
+    """Markdown that shows `text` as it is, markup and white space and all; other control characters as escapes."""
+    # A fence can be ended by the text, and an indented block loses white space at its ends. Without the inner
+    # element a browser drops a first newline.
+    return f"<pre><code>{''.join(map(_shown, text))}</code></pre>"
+
+
+def _shown(character: str) -> str:
+    if character in "\n\t":
+        return f"&#{ord(character)};"
+    return html.escape(character) if character.isprintable() else ascii(character)[1:-1]
 
 
 def hparams(records: list[dict]) -> dict[str, list]:
