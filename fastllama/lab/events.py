@@ -23,45 +23,55 @@ def text(tag: str, markdown: str):
     return text_pb(tag, markdown)
 
 
-def hparams_columns(hparams: dict[str, list], metrics: dict[str, str]) -> list:
-    """The columns of the hparams table, as one Summary.
+def hparams_columns(hparams: dict[str, list], metrics: dict[str, str]):
+    """The columns of the hparams table, as a Summary.
 
     hparams: a column's name and the values that it has, all bool, all numbers or all str. metrics: the tag of a
-    scalar and the column's name.
+    scalar and the column's name. TensorBoard shows the first five of each until it is asked for more, and of the
+    hparams first those that have more than one value.
     """
-    from tensorboard.plugins.hparams import summary_v2
+    from tensorboard.plugins.hparams import api_pb2, metadata
 
-    def domain(values: list):
-        if isinstance(values[0], (bool, str)):
-            return summary_v2.Discrete(sorted(set(values)))
-        return summary_v2.RealInterval(float(min(values)), float(max(values)))
-
-    columns = [summary_v2.HParam(name, domain(values)) for name, values in hparams.items()]
-    return [
-        summary_v2.hparams_config_pb(
-            columns, [summary_v2.Metric(tag, display_name=name) for tag, name in metrics.items()]
-        )
-    ]
+    experiment = api_pb2.Experiment()
+    for name, values in hparams.items():
+        column = experiment.hparam_infos.add(name=name, differs=len(set(values)) > 1)
+        known = [value for value in values if value is not None]
+        if isinstance(known[0], (bool, str)):
+            column.type = api_pb2.DATA_TYPE_BOOL if isinstance(known[0], bool) else api_pb2.DATA_TYPE_STRING
+            column.domain_discrete.extend(sorted(set(known)))
+        else:
+            column.type = api_pb2.DATA_TYPE_FLOAT64
+            column.domain_interval.min_value, column.domain_interval.max_value = min(known), max(known)
+    for tag, name in metrics.items():
+        experiment.metric_infos.add(name=api_pb2.MetricName(tag=tag), display_name=name)
+    return _hparams(metadata.EXPERIMENT_TAG, experiment=experiment)
 
 
 def hparams_row(name: str, values: dict, time: float) -> list:
     """A row of the hparams table, begun and ended, as two Summaries. time: seconds since 1970."""
-    from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2, summary_v2
+    from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
-    begun = summary_v2.hparams_pb(values, trial_id=name, start_time_secs=time)
-    plugin_data = begun.value[0].metadata.plugin_data
-    # The values are a map, which has no order of its own.
-    plugin_data.content = plugin_data_pb2.HParamsPluginData.FromString(plugin_data.content).SerializeToString(
-        deterministic=True
-    )
-    status = plugin_data_pb2.SessionEndInfo(status=api_pb2.STATUS_SUCCESS, end_time_secs=time)
-    ended = type(begun)()
-    ended.value.add(
-        tag=metadata.SESSION_END_INFO_TAG,
-        metadata=metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=status)),
-        tensor=metadata.NULL_TENSOR,
-    )
-    return [begun, ended]
+    begun = plugin_data_pb2.SessionStartInfo(group_name=name, start_time_secs=time)
+    for column, value in values.items():
+        kind = {bool: "bool_value", str: "string_value"}.get(type(value), "number_value")
+        setattr(begun.hparams[column], kind, value)
+    ended = plugin_data_pb2.SessionEndInfo(status=api_pb2.STATUS_SUCCESS, end_time_secs=time)
+    return [
+        _hparams(metadata.SESSION_START_INFO_TAG, session_start_info=begun),
+        _hparams(metadata.SESSION_END_INFO_TAG, session_end_info=ended),
+    ]
+
+
+def _hparams(tag: str, **content):
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.hparams import metadata
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    about = metadata.create_summary_metadata(HParamsPluginData(**content))
+    # The values of a row are a map, which has no order of its own.
+    data = HParamsPluginData.FromString(about.plugin_data.content)
+    about.plugin_data.content = data.SerializeToString(deterministic=True)
+    return Summary(value=[Summary.Value(tag=tag, metadata=about, tensor=metadata.NULL_TENSOR)])
 
 
 def _encoded(summaries: list, step: int, time: float) -> bytes:
