@@ -4,7 +4,6 @@ A run per record, the record's number as its step.
 """
 
 import html
-import json
 from datetime import datetime
 from pathlib import Path
 
@@ -40,11 +39,14 @@ def step(record: dict) -> int:
     return int(record["id"].split("-")[0])
 
 
-def as_text(text: str) -> str:
-    """Markdown that shows `text` as it is, markup and white space and all; other control characters as escapes."""
+def as_text(text: str, element: str = "pre") -> str:
+    """Markdown that shows `text` as it is, markup and white space and all; other control characters as escapes.
+
+    element: "pre", or "p" for words of one line, which are wrapped.
+    """
     # A fence can be ended by the text, and an indented block loses white space at its ends. Without the inner
     # element a browser drops a first newline.
-    return f"<pre><code>{''.join(map(_shown, text))}</code></pre>"
+    return f"<{element}><code>{''.join(map(_shown, text))}</code></{element}>"
 
 
 def _shown(character: str) -> str:
@@ -75,10 +77,10 @@ def _charts_and_texts(record: dict) -> list:
     found = {name: record[name] for name in FIGURES if record[name] is not None}
     made = [events.scalar(tag(record, name), value) for name, value in found.items()]
     made += [events.scalar(f"{EVERY}/{name}", found[name]) for name in METRICS if name in found]
-    row = {key: record[key] for key in ("what", "commit", "hash", "parity", "command")}
-    made.append(events.text(tag(record, "row"), as_text(json.dumps(row, indent=2, ensure_ascii=False))))
-    head = f"hash {record['hash']}, parity {record['parity']}\n\n"
-    made.append(events.text(tag(record, "text_sample"), head + as_text(record["text_sample"])))
+    # One entry, since TensorBoard shows twelve of a workload at a time, sorted by name.
+    head = f"hash {record['hash']}, parity {record['parity']}, commit {record['commit'][:7]}"
+    parts = (head, as_text(record["text_sample"]), as_text(record["what"], "p"), as_text(record["command"], "p"))
+    made.append(events.text(tag(record, "text_sample"), "\n\n".join(parts)))
     return made
 
 
