@@ -11,9 +11,10 @@ _ANY = "events.out.tfevents.*"
 
 def scalar(tag: str, value: float):
     """A point of a chart, as a Summary of TensorBoard's."""
-    from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+    from tensorboard.compat.proto.summary_pb2 import Summary
 
-    return scalar_pb(tag, value)
+    # The form that every reader knows; a tensor is a scalar to TensorBoard only.
+    return Summary(value=[Summary.Value(tag=tag, simple_value=value)])
 
 
 def text(tag: str, markdown: str):
