@@ -210,7 +210,7 @@ def _as_shown(value):
 
 def test_the_hparams_table_has_a_row_per_record_with_its_values(read, records, browser):
     first, *_ = read("hparams", ROWS, lambda rows: len(rows) == 1 + len(records))
-    varied = ["model", "preallocate", "compile", "fuse", "do_sample"]
+    varied = ["compile", "do_sample", "fuse", "model", "preallocate"]
     assert first[-10:] == [*varied, *board.METRICS[:5]]
     boxes = "found('.hparam-checkbox, .metric-checkbox').filter(box => !box.checked)"
     browser.execute_script(f"{DEEP}{boxes}.forEach(box => box.click())")

@@ -22,7 +22,8 @@ FIGURES = (
 # The figures of the hparams table, which reads a column from scalars of one tag, whatever the workload.
 METRICS = ("decode_tok_per_s", "decode_speedup", "ttft_ms", "max_mem_mb", "ceiling_fraction", "speedup")
 EVERY = "every workload"
-_LATER = ("batch_size", "prompt_length", "new_tokens", "cache_length", "seed", "device")
+# Sizes follow from the model in most of the log, and would take the place of switches.
+_LATER = ("batch_size", "prompt_length", "new_tokens", "cache_length", "seed")
 
 
 def tag(record: dict, name: str) -> str:
@@ -56,13 +57,11 @@ def _shown(character: str) -> str:
 
 
 def hparams(records: list[dict]) -> dict[str, list]:
-    """The hparams table's columns: model, switches, sampler, machine, workload; each a value (or None) per record.
+    """The hparams table's columns: workload, sampler, switches, machine; each a value (or None) per record.
 
     A column has values of one kind. One that no record has a value for is left out.
     """
     options = [*columns.options(records), columns.Column("machine", str, "machine", figures.machine_name)]
-    # The first that vary are the first to be seen, and sizes can wait.
-    options.sort(key=lambda option: option.name in _LATER)
     made = {}
     for option in options:
         values = [option.value(record) for record in records]
@@ -90,7 +89,7 @@ def write_all(records: list[dict], logs: Path) -> int:
     The columns of the hparams table are in each record's events, so a record alone brings only its own.
     """
     table = hparams(records)
-    shown = events.hparams_columns(table, {f"{EVERY}/{name}": name for name in METRICS})
+    shown = events.hparams_columns(table, {f"{EVERY}/{name}": name for name in METRICS}, _LATER)
     for index, record in enumerate(records):
         time = datetime.fromisoformat(record["recorded_at"]).timestamp()
         row = {name: values[index] for name, values in table.items() if values[index] is not None}

@@ -24,18 +24,18 @@ def text(tag: str, markdown: str):
     return text_pb(tag, markdown)
 
 
-def hparams_columns(hparams: dict[str, list], metrics: dict[str, str]):
+def hparams_columns(hparams: dict[str, list], metrics: dict[str, str], later: tuple[str, ...] = ()):
     """The columns of the hparams table, as a Summary.
 
     hparams: a column's name and the values that it has, all bool, all numbers or all str. metrics: the tag of a
-    scalar and the column's name. TensorBoard shows the first five of each until it is asked for more, and of the
-    hparams first those that have more than one value.
+    scalar and the column's name. TensorBoard shows five of each until it is asked for more: the first metrics, and of
+    the hparams, by name, those that are said to differ. That is not said of those named in `later`.
     """
     from tensorboard.plugins.hparams import api_pb2, metadata
 
     experiment = api_pb2.Experiment()
     for name, values in hparams.items():
-        column = experiment.hparam_infos.add(name=name, differs=len(set(values)) > 1)
+        column = experiment.hparam_infos.add(name=name, differs=name not in later and len(set(values)) > 1)
         known = [value for value in values if value is not None]
         if isinstance(known[0], (bool, str)):
             column.type = api_pb2.DATA_TYPE_BOOL if isinstance(known[0], bool) else api_pb2.DATA_TYPE_STRING
