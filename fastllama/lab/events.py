@@ -104,4 +104,4 @@ def write(folder: Path, summaries: list, step: int, time: float) -> None:
             temporary.unlink(missing_ok=True)
     for other in path.parent.glob(_ANY):
         if other != path:
-            other.unlink()
+            other.unlink(missing_ok=True)
