@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import sys
+from datetime import datetime
 from html.parser import HTMLParser
 
 import pytest
@@ -89,6 +90,16 @@ def _columns(folder):
 
     content = _events(folder).SummaryMetadata(metadata.EXPERIMENT_TAG).plugin_data.content
     return [info.name for info in metadata.parse_experiment_plugin_data(content).hparam_infos]
+
+
+def test_a_row_is_a_session_that_ended_well(records, tmp_path):
+    from tensorboard.plugins.hparams import api_pb2, metadata
+
+    made = records[1]
+    content = _events(_write(records, tmp_path) / made["id"]).SummaryMetadata(metadata.SESSION_END_INFO_TAG)
+    ended = metadata.parse_session_end_info_plugin_data(content.plugin_data.content)
+    assert ended.status == api_pb2.STATUS_SUCCESS
+    assert ended.end_time_secs == datetime.fromisoformat(made["recorded_at"]).timestamp()
 
 
 class _Shown(HTMLParser):

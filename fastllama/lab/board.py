@@ -93,6 +93,6 @@ def write_all(records: list[dict], logs: Path) -> int:
     for index, record in enumerate(records):
         time = datetime.fromisoformat(record["recorded_at"]).timestamp()
         row = {name: values[index] for name, values in table.items() if values[index] is not None}
-        summaries = [shown, *events.hparams_row(record["id"], row, time), *_charts_and_texts(record)]
+        summaries = [shown, *events.hparams_row(row, time), *_charts_and_texts(record)]
         events.write(Path(logs) / record["id"], summaries, step(record), time)
     return len(records)

@@ -48,11 +48,11 @@ def hparams_columns(hparams: dict[str, list], metrics: dict[str, str], later: tu
     return _hparams(metadata.EXPERIMENT_TAG, experiment=experiment)
 
 
-def hparams_row(name: str, values: dict, time: float) -> list:
-    """A row of the hparams table, begun and ended, as two Summaries. time: seconds since 1970."""
+def hparams_row(values: dict, time: float) -> list:
+    """A row of the hparams table, named as its run: begun and ended, two Summaries. time: seconds since 1970."""
     from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
-    begun = plugin_data_pb2.SessionStartInfo(group_name=name, start_time_secs=time)
+    begun = plugin_data_pb2.SessionStartInfo(start_time_secs=time)
     for column, value in values.items():
         kind = {bool: "bool_value", str: "string_value"}.get(type(value), "number_value")
         setattr(begun.hparams[column], kind, value)
