@@ -1,6 +1,7 @@
 """Fixtures that several files share."""
 
 import os
+import shutil
 
 import pytest
 
@@ -25,3 +26,22 @@ def light(monkeypatch):
     monkeypatch.setattr(memory, "peaks", lambda point, name: memory.Peaks(10.0, 20.0, 0.5, 1.0))
     for module in (measure, rounds):
         monkeypatch.setattr(module, "Ceiling", lambda device: ceiling.Ceiling(device, 2**20))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless browser of a module's own: what it logs is that module's."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        reason = "no browser: apt-get install chromium chromium-driver"
+        pytest.fail(reason) if os.environ.get("FASTLLAMA_BROWSER") == "required" else pytest.skip(reason)
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
+        options.add_argument(word)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    opened = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    yield opened
+    opened.quit()

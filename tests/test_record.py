@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import fastllama
-from fastllama.lab import board, changes, figures, record, schema, sources, words
+from fastllama.lab import changes, figures, record, schema, sources, words
 from fastllama.lab import git as lab_git
-from tests.fake_records import COMMIT, commit, current, fake_record, git, make_repository, make_tree, point, runs
+from tests.fake_records import COMMIT, commit, current, fake_record, git, make_repository, make_tree, point
 
 
 def write(folder, content) -> None:
@@ -373,29 +373,6 @@ def test_predictions_are_not_rewritten(tmp_path):
     with pytest.raises(ValueError, match="needs words"):
         words.predict(" ", "x", tmp_path)
     assert words.predictions(tmp_path) == {"fused": "a tenth faster"}
-
-
-# --- TensorBoard
-
-
-def test_tensorboard_reads_the_records_figures(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    for number, speed in ((3, 40.0), (4, 50.0)):
-        made = fake_record(number, speed=speed, model="org/name", runs=runs(speed))
-        folder = tmp_path / made["id"]
-        folder.mkdir()
-        board.write(made, folder)
-        board.write(made, folder)  # again: replaced, not added
-        [_] = folder.glob("events.out.tfevents.*")
-        events = EventAccumulator(str(folder))
-        events.Reload()
-        wanted = {name: made[name] for name in board.FIGURES if made[name] is not None}
-        tags = {f"org_name fp32 cpu b1 p1000 n200/{name}": value for name, value in wanted.items()}
-        assert set(events.Tags()["scalars"]) == set(tags)
-        for tag, value in tags.items():
-            [scalar] = events.Scalars(tag)
-            assert scalar.step == number and scalar.value == pytest.approx(value, rel=1e-6)
 
 
 def test_every_way_to_compile_can_be_recorded():

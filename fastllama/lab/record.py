@@ -53,7 +53,7 @@ def _claim(logs: Path, commit: str) -> Path:
 def save(point: dict, what: str, prediction: str | None = None, commit: str | None = None, root: Path = ROOT) -> Path:
     """Keep a measured point as tb_logs/<nnn>-<shortsha>/record.json; returns that path.
 
-    Also renders changes.md and writes the record's TensorBoard scalars. Without `prediction`, the one that
+    Also renders changes.md and writes what TensorBoard shows. Without `prediction`, the one that
     tb_logs/predictions.json holds for the same `what` is taken. Raises ValueError as check_recordable does,
     on a point that does not follow the schema; and, with the record kept, when changes.md cannot be rendered: another
     record in tb_logs cannot be trusted, or scipy is missing.
@@ -87,7 +87,7 @@ def save(point: dict, what: str, prediction: str | None = None, commit: str | No
         if not path.exists():
             folder.rmdir()
         raise
-    board.write(read(path), folder)
+    board.write_all([read(path)], root / words.LOGS)
     try:
         _render(root)
     except ValueError as fault:
@@ -104,6 +104,7 @@ def _render(root: Path) -> None:
     while True:
         records = read_all(root)
         changes.write(records, root)
+        board.write_all(records, root / words.LOGS)
         # Another process may have added a record since ours was read: the last to write must have seen all.
         if len(_files(root)) == len(records):
             return
