@@ -27,7 +27,7 @@ setup(
         "torch>=2.11",
         "transformers>=5.17",
         "accelerate>=1.10",
-        "tensorboard>=2.18",
+        "tensorboard>=2.21",
         "rich>=13",
         "tomli>=2; python_version < '3.11'",
     ],
