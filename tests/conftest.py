@@ -21,11 +21,28 @@ def demo_tokenizer():
 @pytest.fixture
 def light(monkeypatch):
     """No child processes, and a ceiling of a megabyte."""
-    from fastllama.lab import ceiling, measure, memory, rounds
+    from fastllama.lab import ceiling, estimate, measure, memory, rounds
 
     monkeypatch.setattr(memory, "peaks", lambda point, name: memory.Peaks(10.0, 20.0, 0.5, 1.0))
-    for module in (measure, rounds):
+    for module in (measure, rounds, estimate):
         monkeypatch.setattr(module, "Ceiling", lambda device: ceiling.Ceiling(device, 2**20))
+
+
+@pytest.fixture
+def logs(monkeypatch, tmp_path):
+    """The folder in which run_llama.py keeps what it is not told where to keep."""
+    import run_llama
+
+    monkeypatch.setattr(run_llama, "LOGS", tmp_path / "tb_logs")
+    return run_llama.LOGS
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A checkpoint's folder."""
+    from tests.test_measure import write_tiny
+
+    return write_tiny(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")

@@ -48,11 +48,6 @@ def write_tiny(folder, tie=True, head_dim=8, vocabulary=None):
     return str(folder)
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return write_tiny(tmp_path_factory.mktemp("models") / "tiny")
-
-
 def a_point(model, **changes):
     values = {
         "dtype": "fp32",

@@ -15,11 +15,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import run_llama
 from fastllama.lab import (
-    ceiling,
     export,
     formats,
     measure,
-    memory,
     points_file,
     record,
     schema,
@@ -30,33 +28,12 @@ from fastllama.lab import (
 from fastllama.lab.plan import Plan, Planned
 from fastllama.lab.point import Point
 from fastllama.lab.workload import Workload
-from tests.test_measure import write_tiny
+from tests.command import read, run
 
 SMALL = ["--dtype", "fp32", "--device", "cpu", "--prompt-length", "12", "--new-tokens", "4", "--runs", "1"]
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return write_tiny(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(autouse=True)
-def light(monkeypatch, tmp_path):
-    """No child processes, a ceiling of a megabyte, and logs in a temporary folder."""
-    monkeypatch.setattr(memory, "peaks", lambda point, name: memory.Peaks(10.0, 20.0, 0.5))
-    monkeypatch.setattr(measure, "Ceiling", lambda device: ceiling.Ceiling(device, 2**20))
-    monkeypatch.setattr(run_llama, "LOGS", tmp_path / "tb_logs")
-
-
-def run(*argv) -> int:
-    try:
-        return run_llama.main([str(word) for word in argv])
-    except SystemExit as end:
-        return end.code
-
-
-def read(path) -> list[dict]:
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+pytestmark = pytest.mark.usefixtures("light", "logs")
 
 
 # what is measured

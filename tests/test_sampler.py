@@ -12,14 +12,8 @@ from fastllama.lab.point import Point
 from fastllama.lab.sampler import Sampler
 from fastllama.lab.workload import Workload
 from tests import fake_records
-from tests.test_measure import write_tiny
 
 DRAWN = Sampler(do_sample=True, temperature=0.8, top_k=40, top_p=0.95)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return write_tiny(tmp_path_factory.mktemp("models") / "tiny")
 
 
 def a_point(tiny, sampler, seed=3, preallocate=True, **more):

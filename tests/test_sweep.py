@@ -1,6 +1,5 @@
 """A sweep: what is kept when, what an interruption leaves, and what a second run does."""
 
-import json
 import os
 import signal
 import subprocess
@@ -12,36 +11,14 @@ import pytest
 
 import run_llama
 from fastllama import demo
-from fastllama.lab import ceiling, checkpoint, dry_run, estimate, measure, memory, peak, points_file, record
-from tests.test_measure import write_tiny
+from fastllama.lab import checkpoint, dry_run, estimate, measure, peak, points_file, record
+from tests.command import read, run
 
 SMALL = ["--dtype", "fp32", "--device", "cpu", "--prompt-length", "12", "--new-tokens", "4", "--runs", "1"]
 SMALL += ["--warmup", "0"]
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return write_tiny(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(autouse=True)
-def light(monkeypatch, tmp_path):
-    """No child processes, a ceiling of a megabyte, and logs in a temporary folder."""
-    monkeypatch.setattr(memory, "peaks", lambda point, name: memory.Peaks(10.0, 20.0, 0.5))
-    for module in (measure, estimate):
-        monkeypatch.setattr(module, "Ceiling", lambda device: ceiling.Ceiling(device, 2**20))
-    monkeypatch.setattr(run_llama, "LOGS", tmp_path / "tb_logs")
-
-
-def run(*argv) -> int:
-    try:
-        return run_llama.main([str(word) for word in argv])
-    except SystemExit as end:
-        return end.code
-
-
-def lines(path) -> list[dict]:
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+pytestmark = pytest.mark.usefixtures("light", "logs")
 
 
 # what is measured
@@ -132,7 +109,7 @@ def test_a_point_that_cannot_fit_is_skipped_with_the_figures(tiny, broken, monke
     assert len(begun) == 1
     file.write_text("\n".join(file.read_text().splitlines()[:2]) + "\n")
     # Judged again each time, and not written again.
-    assert run(*argv) == 0 and len(begun) == 1 and len(lines(file)) == 2
+    assert run(*argv) == 0 and len(begun) == 1 and len(read(file)) == 2
     free["bytes"] = 10**12
     monkeypatch.setattr(measure, "measure", lambda point, progress: begun.append(point) or pytest.fail("as it should"))
     with pytest.raises(pytest.fail.Exception):
@@ -161,7 +138,7 @@ def test_another_machines_points_are_not_this_ones(tiny, broken, monkeypatch):
     argv = ["--model", tiny, *SMALL, "--sweep", "batch_size=1,3"]
     assert run(*argv) == 0 and run(*argv) == 0 and broken[1] == [1, 3]
     (file,) = run_llama.LOGS.glob("sweeps/*.jsonl")
-    moved = [{**entry, "environment": {**entry["environment"], "cpu": "Another CPU"}} for entry in lines(file)]
+    moved = [{**entry, "environment": {**entry["environment"], "cpu": "Another CPU"}} for entry in read(file)]
     file.unlink()
     monkeypatch.setattr(points_file, "check", lambda entry, where: entry)
     for entry in moved:
