@@ -56,7 +56,7 @@ inline void clear(const Partial& out, int64_t R, int64_t D) {
 // Asks memory for numbers that the next block needs, a little at a time: so it never waits, and neither do we.
 template <typename T>
 inline void ask_for(const T* first, int count) {
-  for (int64_t byte = 0; byte < count * (int64_t)sizeof(T); byte += kLine) __builtin_prefetch((const char*)first + byte);
+  for (int64_t byte = 0; byte < count * (int64_t)sizeof(T); byte += kLine) __builtin_prefetch((const char*)first + byte, 0, kNextCache);
 }
 
 // How scores are multiplied: in pairs where the head dim is whole steps of them.

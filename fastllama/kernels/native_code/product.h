@@ -23,8 +23,10 @@ typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 
 constexpr int64_t kLine = 64;             // bytes that memory moves at once
-constexpr int64_t kAhead = 2048;          // bytes that a single stream is asked for in advance
+constexpr int64_t kAhead = 8192;          // bytes that a single stream is asked for in advance
 constexpr int64_t kNear = 32768;          // bytes of x that a block of columns may take: they stay in the first cache
+// Where a line is put that is asked for: the second cache has many more requests under way at once than the first.
+constexpr int kNextCache = 2;
 constexpr int kTile = 4;                  // rows of W in a tile
 constexpr int kWide = 6;                  // rows of x in a tile: 24 sums and 4 weights fit the 32 registers
 constexpr int64_t kChunk = 32;            // rows of W whose sums are kept while the blocks of columns pass
@@ -140,7 +142,7 @@ inline float dot(const T* w, const typename Lane<T>::Stored* x, int64_t K) {
   int64_t k = 0;
   for (; k + 4 * L::kStep <= K; k += 4 * L::kStep) {
     for (int64_t byte = 0; byte < 4 * L::kStep * (int64_t)sizeof(T); byte += kLine)
-      __builtin_prefetch((const char*)(w + k) + byte + kAhead);
+      __builtin_prefetch((const char*)(w + k) + byte + kAhead, 0, kNextCache);
 #pragma GCC unroll 4
     for (int u = 0; u < 4; ++u)
       L::add(totals[u], L::weight(w + k + u * L::kStep), L::stored(x + k + u * L::kStep));
@@ -163,7 +165,7 @@ inline void tile(const T* w, int64_t K, const typename Lane<T>::Stored* x, int64
       typename L::Register weights[kTile];
 #pragma GCC unroll 8
       for (int r = 0; r < kTile; ++r) {
-        if constexpr (decltype(ask)::value) __builtin_prefetch(w + (kTile + r) * K + k);
+        if constexpr (decltype(ask)::value) __builtin_prefetch(w + (kTile + r) * K + k, 0, kNextCache);
         weights[r] = L::weight(w + r * K + k);
       }
 #pragma GCC unroll 8

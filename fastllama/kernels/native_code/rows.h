@@ -124,7 +124,7 @@ struct Asking {
   int64_t each = 0;          // at a time
   void ask() {
     for (int64_t i = 0; i < each && lines > 0; ++i, --lines)
-      for (auto& at : next) __builtin_prefetch(at), at += kLine;
+      for (auto& at : next) __builtin_prefetch(at, 0, kNextCache), at += kLine;
   }
 };
 
