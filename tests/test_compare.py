@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -290,7 +291,11 @@ def test_an_interruption_leaves_neither_tree_nor_process(tmp_path, side, how):
     side("a", sleeps=True)
     environment = {**os.environ, "PYTHONPATH": str(sources.ROOT), "COMPARE_LOG": str(tmp_path / "log.jsonl")}
     command = [sys.executable, "-m", "fastllama.lab", "--root", str(tmp_path / "repository"), "compare", "a", "a"]
-    running = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # A shell that starts tests in the background has them ignore Ctrl-C, and a child inherits that.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    running = subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed
+    )
     noted = tmp_path / "log.pid"
     try:
         while running.poll() is None and not (noted.exists() and noted.read_text()):
