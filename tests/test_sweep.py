@@ -93,18 +93,19 @@ def test_a_point_that_fails_is_kept_with_its_reason_and_the_sweep_goes_on(tiny, 
 
 def test_a_point_that_cannot_fit_is_skipped_with_the_figures(tiny, broken, monkeypatch, capsys):
     _, begun = broken
-    free = {"bytes": 1_000_000_000}
+    # More than this process may hold by now, whatever ran in it before; less than the second point needs.
+    free = {"bytes": 4_500_000_000}
     monkeypatch.setattr(peak, "available_bytes", lambda device: free["bytes"])
     argv = ["--model", tiny, *SMALL, "--preallocate", "--sweep", "cache_length=none,20000000"]
     assert run(*argv) == 0 and len(begun) == 1
     (file,) = run_llama.LOGS.glob("sweeps/*.jsonl")
     _, skipped = points_file.read(file)
-    assert skipped["status"] == "skipped" and skipped["cache_length"] == 20_000_000 and skipped["free_mb"] == 1000.0
+    assert skipped["status"] == "skipped" and skipped["cache_length"] == 20_000_000 and skipped["free_mb"] == 4500.0
     # Two layers, two kv heads of eight, keys and values, four bytes: more than 5 GB.
     assert skipped["predicted_mb"] > 5000
     err = capsys.readouterr().err
     assert "skipped: cache_length=20000000: batch 1 and 20000000 positions are predicted to need" in err
-    assert "1.0 GB are free on cpu" in err
+    assert "4.5 GB are free on cpu" in err
     assert run(*argv[:-1], "cache_length=20000000,30000000") == 2  # nothing was measured
     assert len(begun) == 1
     file.write_text("\n".join(file.read_text().splitlines()[:2]) + "\n")

@@ -15,7 +15,7 @@ from fastllama.lab.progress import progress
 from fastllama.lab.statistics import SLOWER, Verdict
 
 # Pairs of processes, five runs in each. tests/test_statistics.py shows what this finds and how often it is wrong.
-RUNS = 16
+RUNS = 17
 FIGURES = {"decode_tok_per_s": "decode speed", "tok_per_s": "speed of the whole call", "ttft_ms": "first token's speed"}
 _WORKLOAD = ("model", "dtype", "batch_size", "prompt_length", "new_tokens", "seed", "prompt_hash")
 _MACHINE = ("cpu", "threads", "torch", "gpu")
