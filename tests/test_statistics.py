@@ -85,7 +85,7 @@ def test_commits_at_the_default_number_of_runs(records, of_runs):
     assert len(processes) >= 4
     assert {"all", "demo"} < of_runs.keys()
     for model in of_runs:
-        # The exact test's own level is 0.044: with so many trials the log may grow and the simulation's error not decide.
+        # The exact level is 0.045: with so many trials the error of the simulation does not decide.
         noise = turns(np.random.default_rng(1), of_runs[model], processes, compare.RUNS, 4 * TRIALS)
         assert 0.01 < share_found(noise) <= 0.05, model
         noise = noise[:TRIALS]
