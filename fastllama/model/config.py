@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field, fields
 
+from fastllama.kernels.blocks import FORMATS
+from fastllama.kernels.small_weights import WEIGHTS
 from fastllama.kernels.tune import PRODUCTS
 
 _COMPILE = ("no", "static", "dynamic", "fullgraph", "native")
@@ -36,6 +38,25 @@ class FastConfig:
         "auto measures and remembers",
         "auto, stock, native, packed",
     )
+    weights: str | None = _switch(
+        None,
+        "hold the weights in fewer bits, quantised while loading: int8 has a scale a row, int4 one for 32, 64, 128 or "
+        "256 numbers; None leaves them as the checkpoint has them",
+        f"None, {', '.join(WEIGHTS)}",
+        lossless=False,
+    )
+    cache_k: str | None = _switch(
+        None,
+        "how keys are stored; None is the model's own dtype",
+        f"None, {', '.join(FORMATS)}",
+        lossless=False,
+    )
+    cache_v: str | None = _switch(
+        None,
+        "how values are stored; None is the model's own dtype",
+        f"None, {', '.join(FORMATS)}",
+        lossless=False,
+    )
 
     def __post_init__(self):
         for switch in fields(self):
@@ -59,4 +80,7 @@ _IS_ALLOWED = {
     "prefill_chunk": lambda value: value is None or _at_least_16(value),
     "fuse": lambda value: value in _FUSE,
     "products": lambda value: value in PRODUCTS,
+    "weights": lambda value: value is None or value in WEIGHTS,
+    "cache_k": lambda value: value is None or value in FORMATS,
+    "cache_v": lambda value: value is None or value in FORMATS,
 }

@@ -1,0 +1,26 @@
+"""The formats in which weights are held in fewer bits than a float has.
+
+Legend: W [N, K]; G numbers along K share a scale in int4, a whole row in int8 and float8.
+"""
+
+from typing import NamedTuple
+
+
+class WeightFormat(NamedTuple):
+    """`bits` of each number; `group` numbers along K that share a scale, None for a whole row."""
+
+    name: str
+    bits: int
+    group: int | None
+
+
+INT8 = WeightFormat("int8", 8, None)
+WEIGHTS = {
+    format.name: format
+    for format in (
+        INT8,
+        WeightFormat("int4", 4, 32),
+        *(WeightFormat(f"int4-g{group}", 4, group) for group in (32, 64, 128, 256)),
+        WeightFormat("float8", 8, None),
+    )
+}
