@@ -3,6 +3,7 @@
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
+#include "checks.h"
 #include "prompt.h"
 #include "step.h"
 
@@ -11,26 +12,6 @@ namespace {
 template <typename T>
 const T* data(const at::Tensor& tensor) {
   return tensor.const_data_ptr<T>();
-}
-
-template <typename T>
-Matrix<T> matrix(const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
-  TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "the weight must be a contiguous matrix");
-  TORCH_CHECK(!bias || (bias->scalar_type() == weight.scalar_type() && bias->is_contiguous() &&
-                        bias->numel() == weight.size(0)),
-              "the bias does not belong to the weight");
-  return {data<T>(weight), bias ? data<T>(*bias) : nullptr, weight.size(0), weight.size(1)};
-}
-
-// Calls work with a value of the tensor's C++ type.
-template <typename Work>
-void typed(const at::Tensor& tensor, const Work& work) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat: return work(float{});
-    case at::kBFloat16: return work(at::BFloat16{});
-    case at::kHalf: return work(at::Half{});
-    default: TORCH_CHECK(false, "dtype ", tensor.scalar_type(), " is not supported");
-  }
 }
 
 at::Tensor linear_rows(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
