@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from fastllama.kernels.linear import NATIVE_ROWS, many_rows, rows_of
 from fastllama.kernels.small_weights import WEIGHTS, WeightFormat
 
 TILE = 16  # rows of a tile
@@ -92,7 +93,11 @@ def dequantise_rows(
 
 
 class Small(NamedTuple):
-    """A weight [N, K] in few bits, as `quantise` makes it, and the product with it in x's dtype."""
+    """A weight [N, K] in few bits, as `quantise` makes it, and the product with it in x's dtype.
+
+    `native` (int8 and int4 on a CPU, once `native.load()` is None): up to `NATIVE_ROWS` rows go through C++, which
+    takes x in 16-bit fixed point, a scale for 32 columns; for more, C++ expands the weight for torch's product.
+    """
 
     quants: torch.Tensor
     scales: torch.Tensor
@@ -100,9 +105,30 @@ class Small(NamedTuple):
     format: str
     out_features: int
     in_features: int
+    native: bool = False
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return expanded(x, *self)
+        if not self.native:
+            return expanded(x, *self[:-1])
+        if rows_of(x) > NATIVE_ROWS:
+            return _natively_expanded(x, *self[:-1])
+        bits = WEIGHTS[self.format].bits
+        return torch.ops.fastllama_native.linear_small(x, self.quants, self.scales, self.bias, bits, self.out_features)
+
+
+def _natively_expanded(x, quants, scales, bias, format, rows, columns):
+    bits = WEIGHTS[format].bits
+    # Few CPUs multiply fp16: there the weight is expanded to what they do multiply.
+    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+    wide = x.to(dtype)
+    out = x.new_empty((*x.shape[:-1], rows))
+    step = _rows_at_once(columns)
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        wanted = torch.arange(part.start, part.stop)
+        weight = torch.ops.fastllama_native.expand_small(quants, scales, bits, columns, wanted, dtype)
+        out[..., part] = many_rows(wide, weight, None if bias is None else bias[part].to(dtype))
+    return out
 
 
 def expanded(
