@@ -9,6 +9,7 @@ from fastllama.cache.float_cache import FloatCache
 from fastllama.kernels import native
 from fastllama.kernels.attention import NATIVE_HEAD_DIMS
 from fastllama.kernels.linear import NATIVE_ROWS
+from fastllama.kernels.small_product import Small
 from fastllama.model.rotary import RotaryTable, is_stateful
 from fastllama.model.sources import all_modules, is_plain
 from fastllama.model.weights import Weights
@@ -40,7 +41,15 @@ def obstacle(model: nn.Module, shape: CacheShape) -> str | None:
 
 def _products(weights: Weights) -> list:
     blocks = [(block.qkv.joint, block.o, block.gate_up.joint, block.down) for block in weights.blocks]
-    return [*(product for block in blocks for product in block), weights.lm_head]
+    return [*(product for block in blocks for product in block), weights.lm_head, weights.embed]
+
+
+def _matrix(product) -> torch.Tensor:
+    return product.quants if isinstance(product, Small) else product.weight
+
+
+def _shape(product) -> tuple[int, int]:
+    return (product.out_features, product.in_features) if isinstance(product, Small) else tuple(product.weight.shape)
 
 
 class NativeStep:
@@ -50,10 +59,12 @@ class NativeStep:
         products = _products(weights)
         norms = [norm for block in weights.blocks for norm in (block.input_norm, block.post_norm)] + [weights.norm]
         self._step = torch.classes.fastllama_native.Step(
-            [product.weight for product in products],
-            [product.bias for product in products],
+            [_matrix(product) for product in products],
+            [getattr(product, "scales", None) for product in products],
+            [getattr(product, "bias", None) for product in products],
+            [_shape(product)[0] for product in products],
+            [_shape(product)[1] for product in products],
             [norm.weight for norm in norms],
-            weights.embed.weight,
             cache.keys,
             cache.values,
             cache.mask_B11S,

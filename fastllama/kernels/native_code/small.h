@@ -89,6 +89,20 @@ inline void take_row(Fixed& to, int64_t m, const T* x, int64_t K) {
   }
 }
 
+// All rows of x as another product's operand holds them.
+template <typename T>
+inline void take_rows(Fixed& to, const Operand<T>& x) {
+  static_assert(kWhole % kFixed == 0);
+  to.shape(x.rows, x.columns);
+  for (int64_t m = 0; m < x.rows; ++m)
+    for (int64_t k = 0; k < x.columns; k += kFixed) {
+      const auto* from = x.at(m, k);
+      float block[kFixed] = {};
+      for (int64_t i = 0; i < std::min(kFixed, x.columns - k); ++i) block[i] = float(from[i]);
+      to.put(m, k / kFixed, block);
+    }
+}
+
 // The weights of 16 rows and 32 columns as unsigned bytes: four columns in each of 8 registers.
 template <int Bits>
 inline void unpack(const uint8_t* from, i32x16* w) {
