@@ -85,14 +85,35 @@ def dequantise(
 def dequantise_rows(
     quants: torch.Tensor, scales: torch.Tensor, format: str, columns: int, ids: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Rows `ids` [...] of an int8 weight, as [..., K]: an embedding's lookup."""
+    """Rows `ids` [...] of an int8 or float8 weight, as [..., K]: an embedding's lookup."""
+    if format == "float8":
+        return (F.embedding(ids, quants.view(torch.uint8)).view(_FLOAT8).float() * scales[ids][..., None]).to(dtype)
     tile, lane = ids // TILE, ids % TILE
     number = quants[tile, :, lane].flatten(-2)[..., :columns].float() - 128
     return (number * scales[tile, 0, lane][..., None]).to(dtype)
 
 
+def native_obstacle(format: str, device: torch.device) -> str | None:
+    """Why the C++ product does not take weights of this format; None when it does."""
+    return f"C++ has no product for {format}"
+
+
+class Expanded(NamedTuple):
+    """A weight [N, K] in few bits, as `quantise` makes it, and torch's product with it in x's dtype."""
+
+    quants: torch.Tensor
+    scales: torch.Tensor
+    bias: torch.Tensor | None
+    format: str
+    out_features: int
+    in_features: int
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return expanded(x, *self)
+
+
 class Small(NamedTuple):
-    """A weight [N, K] in few bits, as `quantise` makes it, and the product with it in x's dtype."""
+    """The same, by the C++ product where it serves."""
 
     quants: torch.Tensor
     scales: torch.Tensor

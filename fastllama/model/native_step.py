@@ -10,6 +10,7 @@ from fastllama.kernels import native
 from fastllama.kernels.attention import NATIVE_HEAD_DIMS
 from fastllama.kernels.linear import NATIVE_ROWS
 from fastllama.model.rotary import RotaryTable, is_stateful
+from fastllama.model.small_linear import held_format
 from fastllama.model.sources import all_modules, is_plain
 from fastllama.model.weights import Weights
 
@@ -27,6 +28,9 @@ def obstacle(model: nn.Module, shape: CacheShape) -> str | None:
     if shape.head_dim not in NATIVE_HEAD_DIMS:
         return f"head_dim is {shape.head_dim} and not one of {', '.join(map(str, NATIVE_HEAD_DIMS))}"
     body, layers = model.model, model.model.layers
+    held = held_format(model)
+    if held is not None:
+        return f"the C++ step does not take weights in {held}"
     activations = {layer.mlp.act_fn for layer in layers}
     if not all(type(activation).__name__ in ("SiLU", "SiLUActivation") for activation in activations):
         return "the activation is not silu"
