@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from fastllama.kernels import native
 from fastllama.kernels.linear import NATIVE_ROWS, many_rows, rows_of
 from fastllama.kernels.small_weights import WEIGHTS, WeightFormat
 
@@ -86,17 +87,40 @@ def dequantise(
 def dequantise_rows(
     quants: torch.Tensor, scales: torch.Tensor, format: str, columns: int, ids: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Rows `ids` [...] of an int8 weight, as [..., K]: an embedding's lookup."""
+    """Rows `ids` [...] of an int8 or float8 weight, as [..., K]: an embedding's lookup."""
+    if format == "float8":
+        return (F.embedding(ids, quants.view(torch.uint8)).view(_FLOAT8).float() * scales[ids][..., None]).to(dtype)
     tile, lane = ids // TILE, ids % TILE
     number = quants[tile, :, lane].flatten(-2)[..., :columns].float() - 128
     return (number * scales[tile, 0, lane][..., None]).to(dtype)
 
 
-class Small(NamedTuple):
-    """A weight [N, K] in few bits, as `quantise` makes it, and the product with it in x's dtype.
+def native_obstacle(format: str, device: torch.device) -> str | None:
+    """Why the C++ product does not take weights of this format on this device; None when it does."""
+    if format == "float8":
+        return "C++ has no product for float8"
+    return native.load() if device.type == "cpu" else f"it is for CPUs, and the weights are on {device.type}"
 
-    `native` (int8 and int4 on a CPU, once `native.load()` is None): up to `NATIVE_ROWS` rows go through C++, which
-    takes x in 16-bit fixed point, a scale for 32 columns; for more, C++ expands the weight for torch's product.
+
+class Expanded(NamedTuple):
+    """A weight [N, K] in few bits, as `quantise` makes it, and torch's product with it in x's dtype."""
+
+    quants: torch.Tensor
+    scales: torch.Tensor
+    bias: torch.Tensor | None
+    format: str
+    out_features: int
+    in_features: int
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return expanded(x, *self)
+
+
+class Small(NamedTuple):
+    """The same, int8 or int4 on a CPU, in C++. Needs `native_obstacle` to be None.
+
+    Up to `NATIVE_ROWS` rows of x are taken in 16-bit fixed point, with a scale for 32 columns; for more, the weight is
+    expanded for torch's product.
     """
 
     quants: torch.Tensor
@@ -105,13 +129,10 @@ class Small(NamedTuple):
     format: str
     out_features: int
     in_features: int
-    native: bool = False
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.native:
-            return expanded(x, *self[:-1])
         if rows_of(x) > NATIVE_ROWS:
-            return _natively_expanded(x, *self[:-1])
+            return _natively_expanded(x, *self)
         bits = WEIGHTS[self.format].bits
         return torch.ops.fastllama_native.linear_small(x, self.quants, self.scales, self.bias, bits, self.out_features)
 
