@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastllama.kernels import native
-from fastllama.kernels.small_product import Small, dequantise, expanded, quantise
+from fastllama.kernels.small_product import Small, _quantised_by_torch, dequantise, expanded, quantise, shapes
 
 pytestmark = pytest.mark.skipif(native.load() is not None, reason=f"no C++: {native.load()}")
 # x is rounded to 16 bits of a block's largest; y to its own dtype.
@@ -119,3 +119,46 @@ def test_what_does_not_belong_together_is_refused():
 def test_without_cpp_the_product_is_the_same(format):
     product, x = small(50, 256, format), torch.randn(5, 256)
     assert error(expanded(x, *product), reference(x, product)) < 1e-5
+
+
+def by_torch(weight: torch.Tensor, format: str) -> tuple[torch.Tensor, torch.Tensor]:
+    made = [torch.zeros(shape, dtype=dtype) for shape, dtype in shapes(format, *weight.shape)]
+    return _quantised_by_torch(weight, format, made)
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    scale=st.sampled_from([1e-42, 1e-38, 1e-20, 1e-3, 1.0, 1e3, 5e4]),
+    coarse=st.booleans(),
+    format=st.sampled_from(FORMATS),
+    rows=st.sampled_from([1, 16, 37]),
+    dtype=st.sampled_from(list(TOLERANCE)),
+)
+@settings(max_examples=150, deadline=None)
+def test_cpp_quantises_bit_for_bit(seed, scale, coarse, format, rows, dtype):
+    weight = torch.randn(rows, 128, generator=torch.Generator().manual_seed(seed))
+    # Coarse numbers meet ties, repeated extremes, zeros and rows of nothing else.
+    weight = ((weight * 2).round() / 2 if coarse else weight) * scale
+    weight = weight.to(dtype).nan_to_num(posinf=6e4, neginf=-6e4)
+    for ours, plain in zip(quantise(weight, format), by_torch(weight, format), strict=True):
+        assert torch.equal(ours.view(torch.uint8), plain.contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize("columns", [1, 31, 33])
+def test_cpp_fills_up_odd_columns_as_torch_does(columns):
+    weight = torch.randn(20, columns)
+    assert all(torch.equal(*pair) for pair in zip(quantise(weight, "int8"), by_torch(weight, "int8"), strict=True))
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_refused(format, value):
+    weight = torch.randn(40, 64)
+    weight[33, 5] = value
+    with pytest.raises(ValueError, match="NaN or infinities"):
+        quantise(weight, format)
+
+
+def test_a_weight_too_large_for_half_scales_is_refused():
+    with pytest.raises(ValueError, match="too large"):
+        quantise(torch.full((16, 32), 1e6), "int4")

@@ -19,12 +19,13 @@ import torch
 import torch.nn.functional as F
 
 from fastllama.kernels import native
-from fastllama.kernels.linear import NATIVE_ROWS, many_rows, rows_of
+from fastllama.kernels.linear import NATIVE_DTYPES, NATIVE_ROWS, many_rows, rows_of
 from fastllama.kernels.small_weights import WEIGHTS, WeightFormat
 
 TILE = 16  # rows of a tile
 _COLUMNS = 32  # int8 rounds K up to this
 _BLOCK = 2**22  # numbers that are widened at a time
+_NOT_FINITE = "it holds NaN or infinities"
 _FLOAT8 = torch.float8_e4m3fn
 _FLOAT8_MOST = torch.finfo(_FLOAT8).max
 
@@ -55,12 +56,24 @@ def quantise(weight: torch.Tensor, format: str) -> tuple[torch.Tensor, torch.Ten
     rows, columns = weight.shape
     check(format, columns, f"a matrix of {rows} rows")
     made = [torch.empty(shape, dtype=dtype, device=weight.device) for shape, dtype in shapes(format, rows, columns)]
+    if weight.dtype in NATIVE_DTYPES and native_obstacle(format, weight.device) is None:
+        if not torch.ops.fastllama_native.quantise_small(weight.contiguous(), WEIGHTS[format].bits, *made):
+            raise ValueError(_NOT_FINITE)
+        _require_finite(made[1], weight)
+        return tuple(made)
+    return _quantised_by_torch(weight, format, made)
+
+
+def _quantised_by_torch(
+    weight: torch.Tensor, format: str, made: list[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, columns = weight.shape
     step = _rows_at_once(columns)
     # Block by block: what is widened is never a second model.
     for start in range(0, rows, step):
         part = weight[start : start + step].float()
         if not torch.isfinite(part).all():
-            raise ValueError("it holds NaN or infinities")
+            raise ValueError(_NOT_FINITE)
         for whole, block in zip(made, _quantised(part, WEIGHTS[format]), strict=True):
             first = start if format == "float8" else start // TILE
             whole[first : first + block.shape[0]] = block
@@ -203,12 +216,16 @@ def _quantised(part: torch.Tensor, format: WeightFormat) -> tuple[torch.Tensor, 
     grouped = part.view(tiles, TILE, -1, format.group)
     furthest = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True))
     scale = (furthest / -8).half()
-    if not torch.isfinite(scale).all():
-        raise ValueError(f"its largest number, {part.abs().max():g}, is too large for int4's float16 scales")
+    _require_finite(scale, part)
     number = _over(grouped, scale.float()).add_(8.5).floor_().clamp_(0, 15).to(torch.uint8)
     number = number.view(tiles, TILE, -1, 2, 4)
     packed = number[..., 0, :] | number[..., 1, :] << 4
     return packed.permute(0, 2, 1, 3), scale.view(tiles, TILE, -1).transpose(1, 2)
+
+
+def _require_finite(scales: torch.Tensor, weight: torch.Tensor) -> None:
+    if not torch.isfinite(scales).all():
+        raise ValueError(f"its largest number, {weight.abs().max():g}, is too large for int4's float16 scales")
 
 
 def _row_scale(part: torch.Tensor, most: float) -> torch.Tensor:

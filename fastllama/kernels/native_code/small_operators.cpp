@@ -1,10 +1,13 @@
-// What Python calls for small weights: fastllama_native::linear_small and expand_small.
+// What Python calls for small weights: fastllama_native::linear_small, expand_small and quantise_small.
 
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <atomic>
+
 #include "checks.h"
 #include "small.h"
+#include "small_quantise.h"
 
 namespace {
 
@@ -54,13 +57,40 @@ at::Tensor expand_small(const at::Tensor& quants, const at::Tensor& scales, int6
   return out;
 }
 
+// Writes a float weight to quants and scales; false where it holds NaN or infinities.
+bool quantise_small(const at::Tensor& weight, int64_t bits, const at::Tensor& quants, const at::Tensor& scales) {
+  TORCH_CHECK(weight.dim() == 2 && weight.stride(1) == 1, "quantise_small: a weight's layout");
+  const SmallMatrix w = small_matrix(quants, scales, std::nullopt, bits, weight.size(0), weight.size(1));
+  uint8_t* to = quants.mutable_data_ptr<uint8_t>();
+  char* shared = (char*)scales.mutable_data_ptr();
+  const int64_t each = scales.size(1) * kLanes, padded = w.blocks() * kFixed;
+  std::atomic<bool> finite = true;
+  typed(weight, [&](auto zero) {
+    using T = decltype(zero);
+    at::parallel_for(0, w.tiles(), 1, [&](int64_t begin, int64_t end) {
+      std::vector<float> x(padded);
+      std::vector<uint8_t> bytes(padded);
+      for (int64_t n = begin * kLanes; n < end * kLanes; ++n) {
+        const int64_t tile = n / kLanes;
+        if (n >= w.N) std::fill(x.begin(), x.end(), 0.f);
+        else if (!widen(weight.const_data_ptr<T>() + n * weight.stride(0), w.K, x)) finite = false;
+        quantise_row(x, w.bits, w.K, w.group, n % kLanes, to + tile * w.tile_bytes(), (float*)shared + tile * each,
+                     (at::Half*)shared + tile * each, bytes);
+      }
+    });
+  });
+  return finite;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(fastllama_native, library) {
   library.def("linear_small(Tensor x, Tensor quants, Tensor scales, Tensor? bias, int bits, int out_features) -> Tensor");
   library.def("expand_small(Tensor quants, Tensor scales, int bits, int in_features, Tensor rows, ScalarType dtype) -> Tensor");
+  library.def("quantise_small(Tensor weight, int bits, Tensor(a!) quants, Tensor(b!) scales) -> bool");
 }
 TORCH_LIBRARY_IMPL(fastllama_native, CPU, library) {
   library.impl("linear_small", &linear_small);
   library.impl("expand_small", &expand_small);
+  library.impl("quantise_small", &quantise_small);
 }
