@@ -70,8 +70,9 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         """Reserves, compiles and warms up now; returns the bytes that the reservation takes.
 
         `cache_length` counts prompt and new tokens of a row (default: max_position_embeddings). `switches` are fields
-        of `FastConfig`, for `config` left out; the others are as `from_pretrained` was told. Raises `ValueError` for a value that is not allowed or a model that
-        the fast path cannot run, `MemoryError` for what does not fit, and keeps the earlier reservation then.
+        of `FastConfig`, for `config` left out; the others are as `from_pretrained` was told. Raises `ValueError` for a
+        value that is not allowed or a model that the fast path cannot run, `MemoryError` for what does not fit, and
+        keeps the earlier reservation then.
         """
         if config is not None and switches:
             raise ValueError("pass either config or single switches to preallocate, not both")

@@ -1,4 +1,4 @@
-"""Weights of few bits through transformers' own loading: quantised tensor by tensor, saved and loaded again as they are.
+"""Weights of few bits through transformers' own loading: quantised tensor by tensor, and saved and loaded as they are.
 
 The quantiser is known to transformers while one of our models is being loaded, and not before or after.
 """
@@ -91,9 +91,8 @@ class SmallWeightsQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs):
         for name, module in model.named_modules():
-            if isinstance(module, (SmallLinear, SmallEmbedding)):
-                if not torch.isfinite(module.weight_scale.float()).all():
-                    raise ValueError(f"{name}.weight_scale holds NaN or infinities")
+            if isinstance(module, (SmallLinear, SmallEmbedding)) and not module.weight_scale.float().isfinite().all():
+                raise ValueError(f"{name}.weight_scale holds NaN or infinities")
         return model
 
     def _format_of(self, model: nn.Module, module: nn.Module) -> str:
