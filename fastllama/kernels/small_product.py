@@ -22,7 +22,7 @@ from fastllama.kernels.small_weights import WEIGHTS, WeightFormat
 
 TILE = 16  # rows of a tile
 _COLUMNS = 32  # int8 rounds K up to this
-_BLOCK = 2**22  # numbers that are widened at a time
+EXPANDED_NUMBERS = 2**22  # of a weight, that are widened at a time
 _FLOAT8 = torch.float8_e4m3fn
 _FLOAT8_MOST = torch.finfo(_FLOAT8).max
 
@@ -157,7 +157,7 @@ def _padded(columns: int) -> int:
 
 
 def _rows_at_once(columns: int) -> int:
-    return max(1, _BLOCK // columns // TILE) * TILE
+    return max(1, EXPANDED_NUMBERS // columns // TILE) * TILE
 
 
 def _quantised(part: torch.Tensor, format: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
