@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from fastllama.kernels import native
+from fastllama.kernels.linear import NATIVE_ROWS, many_rows, rows_of
 from fastllama.kernels.small_weights import WEIGHTS, WeightFormat
 
 TILE = 16  # rows of a tile
@@ -94,8 +96,10 @@ def dequantise_rows(
 
 
 def native_obstacle(format: str, device: torch.device) -> str | None:
-    """Why the C++ product does not take weights of this format; None when it does."""
-    return f"C++ has no product for {format}"
+    """Why the C++ product does not take weights of this format on this device; None when it does."""
+    if format == "float8":
+        return "C++ has no product for float8"
+    return native.load() if device.type == "cpu" else f"it is for CPUs, and the weights are on {device.type}"
 
 
 class Expanded(NamedTuple):
@@ -113,7 +117,11 @@ class Expanded(NamedTuple):
 
 
 class Small(NamedTuple):
-    """The same, by the C++ product where it serves."""
+    """The same, int8 or int4 on a CPU, in C++. Needs `native_obstacle` to be None.
+
+    Up to `NATIVE_ROWS` rows of x are taken in 16-bit fixed point, with a scale for 32 columns; for more, the weight is
+    expanded for torch's product.
+    """
 
     quants: torch.Tensor
     scales: torch.Tensor
@@ -123,7 +131,25 @@ class Small(NamedTuple):
     in_features: int
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return expanded(x, *self)
+        if rows_of(x) > NATIVE_ROWS:
+            return _natively_expanded(x, *self)
+        bits = WEIGHTS[self.format].bits
+        return torch.ops.fastllama_native.linear_small(x, self.quants, self.scales, self.bias, bits, self.out_features)
+
+
+def _natively_expanded(x, quants, scales, bias, format, rows, columns):
+    bits = WEIGHTS[format].bits
+    # Few CPUs multiply fp16: there the weight is expanded to what they do multiply.
+    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+    wide = x.to(dtype)
+    out = x.new_empty((*x.shape[:-1], rows))
+    step = _rows_at_once(columns)
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        wanted = torch.arange(part.start, part.stop)
+        weight = torch.ops.fastllama_native.expand_small(quants, scales, bits, columns, wanted, dtype)
+        out[..., part] = many_rows(wide, weight, None if bias is None else bias[part].to(dtype))
+    return out
 
 
 def expanded(

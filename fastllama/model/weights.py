@@ -53,10 +53,11 @@ class SmallTable(NamedTuple):
     scales: torch.Tensor
     like: torch.Tensor
     format: str
-    columns: int
+    out_features: int
+    in_features: int
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        return dequantise_rows(self.quants, self.scales, self.format, self.columns, ids, self.like.dtype)
+        return dequantise_rows(self.quants, self.scales, self.format, self.in_features, ids, self.like.dtype)
 
 
 class Fused(NamedTuple):
@@ -208,7 +209,7 @@ def _table(embedding: nn.Module) -> Table | SmallTable | nn.Module:
         return Table(embedding.weight)
     if is_plain(embedding, SmallEmbedding):
         e = embedding
-        return SmallTable(e.weight, e.weight_scale, e.like, e.format, e.columns)
+        return SmallTable(e.weight, e.weight_scale, e.like, e.format, e.rows, e.columns)
     return embedding
 
 
