@@ -251,7 +251,7 @@ def test_other_weights_than_the_models_are_refused(held, asked, folders):
     ours = fastllama.LlamaForCausalLM.from_pretrained(folders[False, False], fast=fast)
     with pytest.raises(ValueError, match=rf"weights='{asked}'.*from_pretrained\(.*fast="):
         ours.preallocate(1, 32, FastConfig(weights=asked))
-    with pytest.raises(ValueError, match="as floats.*from_pretrained"):
+    with pytest.raises(ValueError, match=r"as floats.*from_pretrained"):
         fastllama.LlamaForCausalLM(config()).eval().preallocate(1, 32, weights=asked)
 
 
@@ -265,6 +265,6 @@ def test_both_names_of_a_format_are_the_same(weights, folders):
 def test_packed_products_are_refused(folders):
     ours = small.load(folders[False, False], "int8")
     ours.preallocate(1, 32, products="stock")
-    with pytest.raises(ValueError, match="products='packed'.*int8"):
+    with pytest.raises(ValueError, match=r"products='packed'.*int8"):
         ours.preallocate(1, 32, products="packed")
     assert ours._engine.explicit  # the earlier reservation stands
