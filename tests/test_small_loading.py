@@ -18,7 +18,7 @@ from fastllama import FastConfig
 from fastllama.demo.names import resolve
 from fastllama.kernels.small_product import dequantise, quantise
 from fastllama.kernels.small_weights import canonical
-from fastllama.model.small_linear import SmallEmbedding, SmallLinear
+from fastllama.model.small_linear import SmallLinear
 from tests import small
 from tests.tiny import GREEDY, generate, prompt
 
@@ -113,7 +113,7 @@ def test_a_checkpoint_of_a_tied_model_may_hold_the_matrix_under_either_name(tied
         ours, notes = small.load(place, "int4", output_loading_info=True)
         assert same(ours, reference) and not notes["missing_keys"]
     two = edited(tied, tmp_path / "two", lambda t: t.update({"lm_head.weight": t[name] + 1}))
-    with pytest.raises(ValueError, match="two different matrices.*model.embed_tokens.weight.*tie_word_embeddings"):
+    with pytest.raises(ValueError, match=r"two different matrices.*model.embed_tokens.weight.*tie_word_embeddings"):
         small.load(two, "int4")
 
 
@@ -122,7 +122,7 @@ def test_loading_leaves_transformers_as_it_was(folder):
     small.load(folder, "int8")
     with pytest.raises(ValueError):
         small.load(folder, "int4-g256")
-    assert AUTO_QUANTIZATION_CONFIG_MAPPING == configs and AUTO_QUANTIZER_MAPPING == quantizers
+    assert configs == AUTO_QUANTIZATION_CONFIG_MAPPING and quantizers == AUTO_QUANTIZER_MAPPING
     assert "fastllama" not in configs
 
 
@@ -159,7 +159,7 @@ def test_a_small_checkpoint_takes_another_dtype(folder, tmp_path):
     half = fastllama.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16 and half.model.norm.weight.dtype == torch.bfloat16
     assert torch.equal(half.lm_head.weight_scale, ours.lm_head.weight_scale)
-    with pytest.raises(ValueError, match="weights='int4-g32'.*the checkpoint holds int8"):
+    with pytest.raises(ValueError, match=r"weights='int4-g32'.*the checkpoint holds int8"):
         small.load(tmp_path, "int4")
 
 
@@ -181,7 +181,7 @@ def test_a_float_model_saves_as_it_did(folder, tmp_path):
 
 def test_a_users_own_quantization_config_is_the_parents_business(folder):
     seen = transformers.BitsAndBytesConfig(load_in_8bit=True)
-    with pytest.raises(ValueError, match="either quantization_config or weights='int8'"):
+    with pytest.raises(ValueError, match=r"either quantization_config or weights='int8'"):
         small.load(folder, "int8", quantization_config=seen)
     for cls in (Vanilla, fastllama.LlamaForCausalLM):  # without bitsandbytes, the parent's own complaint
         with pytest.raises(Exception, match="bitsandbytes") as fault:
@@ -191,7 +191,7 @@ def test_a_users_own_quantization_config_is_the_parents_business(folder):
 
 @pytest.mark.parametrize("fast", ["int8", {"weights": "int8"}, 8])
 def test_fast_is_a_config(fast, folder):
-    with pytest.raises(ValueError, match="fast=.* is not allowed; allowed: None or a FastConfig"):
+    with pytest.raises(ValueError, match=r"fast=.* is not allowed; allowed: None or a FastConfig"):
         fastllama.LlamaForCausalLM.from_pretrained(folder, fast=fast)
 
 
@@ -206,7 +206,7 @@ def test_a_group_that_does_not_divide_is_refused_before_any_weight_is_read(weigh
 @pytest.mark.parametrize("device_map", [None, "cpu", {"": "cpu"}])
 def test_float8_is_refused_on_a_cpu(device_map, folder):
     with pytest.raises(
-        ValueError, match="weights='float8' cannot be honoured: it is for GPUs, and the model goes to cpu"
+        ValueError, match=r"weights='float8' cannot be honoured: it is for GPUs, and the model goes to cpu"
     ):
         small.load(folder, "float8", device_map=device_map)
 
@@ -249,7 +249,7 @@ def test_an_unknown_format_in_a_checkpoint_is_refused(folder, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"]["weights"] = "int3"
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="weights='int3' is not allowed; allowed: int8"):
+    with pytest.raises(ValueError, match=r"weights='int3' is not allowed; allowed: int8"):
         fastllama.LlamaForCausalLM.from_pretrained(tmp_path)
 
 
