@@ -66,7 +66,7 @@ def test_a_point_is_measured_and_its_bytes_are_ours(tiny, light):
 
 
 def test_peaks_are_of_the_small_model(tiny):
-    assert 20 < memory.peaks(small_point(tiny), "ours").max_mem_mb
+    assert memory.peaks(small_point(tiny), "ours").max_mem_mb > 20
     ours, vanilla = (
         peak.predict(small_point("inflated:tinyllama-1.1b", dtype="bf16"), name) for name in ("ours", "vanilla")
     )

@@ -102,6 +102,23 @@ def test_compiled_steps_take_them(compile, weights, batch, tied, products, folde
     check(ours, batch, "fp32")
 
 
+@pytest.mark.parametrize("compile", ["no", "static"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_float8_computes_what_it_means(compile, tied, dtype, folders, monkeypatch):
+    """On a CPU, which a user is refused: the same torch code serves GPUs."""
+    if compile == "static" and (dtype != "bf16" or tied):
+        pytest.skip("one graph shows it")
+    monkeypatch.setattr("fastllama.model.small_loading._require_float8", lambda devices: None)
+    ours = small.load(folders[tied, True], "float8", dtype=DTYPES[dtype])
+    assert ours.lm_head.format == "float8" and ours.lm_head.weight.dtype == torch.float8_e4m3fn
+    ours.preallocate(3, 32, compile=compile, bucket=16)
+    check(ours, "padded", dtype)
+    assert "weights float8, fused qkv, gate+up, products: 9 small expanded" in ours._engine.words()
+    ours.to(torch.float64)
+    assert ours.lm_head.weight.dtype == torch.float8_e4m3fn and ours.lm_head.weight_scale.dtype == torch.float32
+
+
 def test_beam_search_and_forward_run_the_parents_code(folders):
     ours = small.load(folders[True, True], "int8")
     vanilla, inputs = small.specification(ours), prompt("padded")

@@ -162,10 +162,7 @@ def expanded(
     columns: int,
 ) -> torch.Tensor:
     """torch's product with the weight expanded to x's dtype, on a CPU block by block."""
-    if format == "float8":
-        y = F.linear(x, quants.to(x.dtype)) * scales.to(x.dtype)
-        return y if bias is None else y + bias
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if format == "float8" or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.linear(x, dequantise(quants, scales, format, rows, columns, x.dtype), bias)
     out = x.new_empty((*x.shape[:-1], rows))
     step = _rows_at_once(columns)
