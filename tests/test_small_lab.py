@@ -5,6 +5,7 @@ import torch
 
 from fastllama import FastConfig
 from fastllama.lab import ceiling, checkpoint, contestant, measure, memory, peak, schema
+from fastllama.lab.parts import Shape, shape_of
 from fastllama.lab.point import Point
 from fastllama.model.small_linear import SmallLinear, held_format, small_tensors
 from tests import command, small
@@ -32,7 +33,6 @@ def test_the_bytes_of_a_configuration_are_those_of_the_loaded_model(weights, tie
     ours, _ = checkpoint.load(
         found, type(small.load(folder, weights)), torch.float32, CPU, fast=FastConfig(weights=weights)
     )
-    # transformers keeps no bias of ours apart: biases are parameters, and counted as such.
     assert found.weight_bytes(4, weights) == bytes_held(ours)
     assert found.weight_bytes(2, None) == 2 * found.parameter_count
 
@@ -45,6 +45,21 @@ def test_a_step_reads_the_small_bytes(tied, tmp_path):
     table = 0 if tied else ours.model.embed_tokens.weight.nbytes
     cache = 2 * (2 * 2 * 16) * 4 * (24 + 6 // 2)
     assert ceiling.step_bytes(ours, [24], 6) == bytes_held(ours) - table + cache
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_the_parts_of_a_pass_add_up_to_its_bytes(tied, weights, tmp_path):
+    folder = small.write(tmp_path, tie_word_embeddings=tied, attention_bias=True, mlp_bias=True)
+    ours = small.load(folder, weights)
+    generate(ours, prompt("one"), max_new_tokens=2, **GREEDY)
+    shape = shape_of(contestant.Contestant("ours", ours), [24], 6)
+    assert sum(shape.weight_bytes.values()) == ceiling.step_bytes(ours, [0], 0)
+    floats = Shape(shape.config, 4, (24,), 6, shape.separate)
+    assert shape.prefill_flops() == floats.prefill_flops()
+    assert shape.weight_bytes.keys() == floats.weight_bytes.keys()
+    small_parts = {part for part, nbytes in shape.weight_bytes.items() if nbytes < floats.weight_bytes[part] / 2}
+    assert small_parts == {"qkv", "o", "gate_up", "down", "head"}
 
 
 def test_contestants_hold_what_they_multiply(tiny):
