@@ -285,3 +285,19 @@ def test_packed_products_are_refused(folders):
     with pytest.raises(ValueError, match=r"products='packed'.*int8"):
         ours.preallocate(1, 32, products="packed")
     assert ours._engine.explicit  # the earlier reservation stands
+
+
+def test_resizing_is_refused_before_anything_changes(folders):
+    ours = small.load(folders[False, False], "int8")
+    with pytest.raises(ValueError, match=r"resize_token_embeddings\(400\) cannot be honoured"):
+        ours.resize_token_embeddings(400)
+    assert ours.model.embed_tokens.weight.shape[0] == VOCAB
+    assert ours.resize_token_embeddings() is ours.model.embed_tokens
+
+
+@needs_native
+def test_a_small_checkpoint_is_multiplied_in_c_plus_plus_without_being_told(folders, tmp_path):
+    small.load(folders[True, False], "int8").save_pretrained(tmp_path)
+    ours = fastllama.LlamaForCausalLM.from_pretrained(tmp_path)
+    generate(ours, prompt("one"), max_new_tokens=2, **GREEDY)
+    assert "9 small native" in ours.path
