@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastllama import FastConfig
-from fastllama.lab import ceiling, checkpoint, contestant, measure, memory, peak, schema
+from fastllama.lab import ceiling, checkpoint, contestant, estimate, measure, memory, peak, schema
 from fastllama.lab.parts import Shape, shape_of
 from fastllama.lab.point import Point
 from fastllama.model.small_linear import SmallLinear, held_format, small_tensors
@@ -88,6 +88,13 @@ def test_peaks_are_of_the_small_model(tiny):
     assert ours.weights == pytest.approx(vanilla.weights * 0.53, rel=0.03)
     int4 = peak.predict(small_point("inflated:tinyllama-1.1b", "int4", dtype="bf16"), "ours")
     assert int4.weights == pytest.approx(vanilla.weights * 0.33, rel=0.05)
+
+
+def test_estimates_follow_the_bytes():
+    rates = estimate.Rates(1e9, {"bf16": 1e15})
+    points = [maker("inflated:tinyllama-1.1b", dtype="bf16") for maker in (a_point, small_point)]
+    floats, few = (estimate.seconds(point, rates) for point in points)
+    assert few < floats
 
 
 def test_both_copies_must_fit(tiny, monkeypatch):
