@@ -13,6 +13,7 @@ from fastllama.decode.loop import sample_loop
 from fastllama.decode.prompt import unpad
 from fastllama.decode.support import call_obstacle, model_obstacle
 from fastllama.model.config import FastConfig
+from fastllama.model.small_linear import held_format
 from fastllama.model.small_loading import known_to_transformers, quantised_by
 
 logger = logging.get_logger("fastllama")
@@ -57,7 +58,8 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         with known_to_transformers(weights):
             result = super().from_pretrained(*args, **quantised_by(weights, kwargs))
         model = result[0] if isinstance(result, tuple) else result
-        model._engine.default = fast
+        # Small weights are for the C++ products, which stock products do without.
+        model._engine.default = FastConfig() if fast is None and held_format(model) is not None else fast
         model._engine.free()
         return result
 
@@ -70,8 +72,9 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         """Reserves, compiles and warms up now; returns the bytes that the reservation takes.
 
         `cache_length` counts prompt and new tokens of a row (default: max_position_embeddings). `switches` are fields
-        of `FastConfig`, for `config` left out; the others are as `from_pretrained` was told. Raises `ValueError` for a value that is not allowed or a model that
-        the fast path cannot run, `MemoryError` for what does not fit, and keeps the earlier reservation then.
+        of `FastConfig`, for `config` left out; the others are as `from_pretrained` was told. Raises `ValueError` for a
+        value that is not allowed or a model that the fast path cannot run, `MemoryError` for what does not fit, and
+        keeps the earlier reservation then.
         """
         if config is not None and switches:
             raise ValueError("pass either config or single switches to preallocate, not both")
@@ -215,6 +218,15 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
     def _apply(self, fn, recurse=True):
         self._engine.forget_weights()
         return super()._apply(fn, recurse)
+
+    def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
+        held = held_format(self)
+        if held is not None and new_num_tokens not in (None, self.config.vocab_size):
+            raise ValueError(
+                f"resize_token_embeddings({new_num_tokens}) cannot be honoured: the output matrix is held in few bits "
+                f"(weights {held}): resize the float model, save it, and load that"
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
     def load_state_dict(self, *args, **kwargs):
         self._engine.forget_weights()

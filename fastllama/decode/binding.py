@@ -27,9 +27,8 @@ def require_weights(model: nn.Module, weights: str | None) -> None:
     held = held_format(model)
     if weights is not None and canonical(weights) != held:
         raise ValueError(
-            f"weights={weights!r} cannot be honoured: the model holds its weights {f'as {held}' if held else 'as floats'}"
-            ", and they are quantised while loading: LlamaForCausalLM.from_pretrained(..., "
-            f"fast=FastConfig(weights={weights!r}))"
+            f"weights={weights!r} cannot be honoured: the model holds its weights as {held or 'floats'}, and they are "
+            f"quantised while loading: LlamaForCausalLM.from_pretrained(..., fast=FastConfig(weights={weights!r}))"
         )
 
 

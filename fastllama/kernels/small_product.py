@@ -24,7 +24,7 @@ from fastllama.kernels.small_weights import WEIGHTS, WeightFormat
 
 TILE = 16  # rows of a tile
 _COLUMNS = 32  # int8 rounds K up to this
-_BLOCK = 2**22  # numbers that are widened at a time
+EXPANDED_NUMBERS = 2**22  # of a weight, that are widened at a time
 _NOT_FINITE = "it holds NaN or infinities"
 _FLOAT8 = torch.float8_e4m3fn
 _FLOAT8_MOST = torch.finfo(_FLOAT8).max
@@ -175,10 +175,7 @@ def expanded(
     columns: int,
 ) -> torch.Tensor:
     """torch's product with the weight expanded to x's dtype, on a CPU block by block."""
-    if format == "float8":
-        y = F.linear(x, quants.to(x.dtype)) * scales.to(x.dtype)
-        return y if bias is None else y + bias
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if format == "float8" or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.linear(x, dequantise(quants, scales, format, rows, columns, x.dtype), bias)
     out = x.new_empty((*x.shape[:-1], rows))
     step = _rows_at_once(columns)
@@ -196,7 +193,7 @@ def _padded(columns: int) -> int:
 
 
 def _rows_at_once(columns: int) -> int:
-    return max(1, _BLOCK // columns // TILE) * TILE
+    return max(1, EXPANDED_NUMBERS // columns // TILE) * TILE
 
 
 def _quantised(part: torch.Tensor, format: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:

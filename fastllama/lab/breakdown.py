@@ -21,6 +21,7 @@ _PRODUCT_OPERATORS = {
     "mkldnn::_linear_pointwise",
     "fastllama::linear_packed",
     "fastllama_native::linear_rows",
+    "fastllama_native::linear_small",
 }
 _WHOLE = ("sampling", "native step")  # parts that do more than call operators
 

@@ -51,13 +51,14 @@ def seconds(point: Point, rates: Rates) -> float:
     parameters = found.parameter_count
     load_s = parameters * itemsize / _LOAD_BYTES_PER_S
     row_bytes = checkpoint.position_bytes(found.config, itemsize) * (work.prompt_length + work.new_tokens / 2)
-    step_bytes = parameters * itemsize + work.batch_size * row_bytes
     # A product takes two operations for each of its weights and rows.
     row_s = 2 * parameters / rates.flop_per_s[point.dtype]
     total = load_s
     for name in point.contestants:
         overhead_s = found.config.num_hidden_layers * _LAYER_S[name]
         first_s = work.batch_size * work.prompt_length * row_s + overhead_s
+        weights = point.weights if name == "ours" else None
+        step_bytes = found.weight_bytes(itemsize, weights) + work.batch_size * row_bytes
         step_s = max(step_bytes / rates.bytes_per_s, work.batch_size * row_s) + overhead_s
         whole_s = first_s + (work.new_tokens - 1) * step_s
         total += (point.warmup + point.runs) * (whole_s + first_s) + _START_S + load_s + whole_s

@@ -5,13 +5,24 @@ Legend: L layers, E hidden size, I intermediate size, N query heads, K kv heads,
 
 from dataclasses import dataclass
 
+import torch
 from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 from fastllama.lab.checkpoint import position_bytes
 from fastllama.lab.contestant import Contestant
+from fastllama.model.small_linear import held_format
+from fastllama.model.small_loading import small_bytes
 from fastllama.model.weights import Fused
 
 PRODUCTS = ("qkv", "o", "gate_up", "down", "head")
+_PART_OF = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv"),
+    "o_proj": "o",
+    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up"),
+    "down_proj": "down",
+    "lm_head": "head",
+}
 # In the order of a table.
 PARTS = {
     "embedding": "embedding",
@@ -43,6 +54,7 @@ class Shape:
     lengths: tuple[int, ...]
     new_tokens: int
     separate: dict[str, int]  # how many products each part of a layer is made of
+    weights: str | None = None  # the few bits in which the matrices are held
 
     @property
     def sequence(self) -> list[str]:
@@ -53,12 +65,26 @@ class Shape:
     @property
     def weight_bytes(self) -> dict[str, int]:
         """Bytes of the weights that one pass reads, by part: all of them, but for the rows of the embedding."""
+        if self.weights is None:
+            return {part: count * self.itemsize for part, count in self._numbers.items()}
+        with torch.device("meta"):
+            model = LlamaForCausalLM(self.config)
+        parts = dict.fromkeys(self._numbers, 0)
+        parts["norm"] = self._numbers["norm"] * self.itemsize
+        names = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
+        for matrix, nbytes in small_bytes(model, self.weights):
+            bias = 0 if matrix.bias is None else matrix.bias.numel() * self.itemsize
+            parts[_PART_OF[names[matrix]]] += nbytes + bias
+        return parts
+
+    @property
+    def _numbers(self) -> dict[str, int]:
         config = self.config
         layers, hidden, inner = config.num_hidden_layers, config.hidden_size, config.intermediate_size
         dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
         query, both = config.num_attention_heads * dim, 2 * config.num_key_value_heads * dim
         attention_bias, mlp_bias = int(config.attention_bias), int(config.mlp_bias)
-        numbers = {
+        return {
             "qkv": layers * (query + both) * (hidden + attention_bias),
             "o": layers * hidden * (query + attention_bias),
             "gate_up": layers * 2 * inner * (hidden + mlp_bias),
@@ -66,7 +92,6 @@ class Shape:
             "head": config.vocab_size * hidden,
             "norm": (2 * layers + 1) * hidden,
         }
-        return {part: count * self.itemsize for part, count in numbers.items()}
 
     def calls(self, part: str) -> int:
         """How often one pass runs a part that has weights."""
@@ -93,7 +118,7 @@ class Shape:
 
     def prefill_flops(self) -> int:
         """Floating-point operations of a prefill's products; the head runs for the last token of each row."""
-        numbers = {part: self.weight_bytes[part] // self.itemsize for part in PRODUCTS}
+        numbers = {part: self._numbers[part] for part in PRODUCTS}
         head = numbers.pop("head") * len(self.lengths)
         return 2 * (sum(numbers.values()) * sum(self.lengths) + head)
 
@@ -107,4 +132,4 @@ def shape_of(contestant: Contestant, lengths: list[int], new_tokens: int) -> Sha
             part: 1 if isinstance(getattr(block, part), Fused) else count for part, count in separate.items()
         } | {"o": 1, "down": 1}
     config, itemsize = contestant.model.config, contestant.model.dtype.itemsize
-    return Shape(config, itemsize, tuple(lengths), new_tokens, separate)
+    return Shape(config, itemsize, tuple(lengths), new_tokens, separate, held_format(contestant.model))

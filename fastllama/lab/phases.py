@@ -212,7 +212,7 @@ def watched(point: Point, snapshot: Path | None = None) -> dict:
         "subject": subject.name,
         "samples": thinned(watch.samples),
         "phases": watch.phases,
-        "weights_bytes": found.parameter_count * point.torch_dtype.itemsize,
+        "weights_bytes": found.weight_bytes(point.torch_dtype.itemsize, point.weights),
         "allocations": allocations,
         "passing_bytes": passing,
     }

@@ -13,7 +13,8 @@ from fastllama.kernels.small_product import TILE, Small, native_obstacle
 from fastllama.model.rotary import RotaryTable, is_stateful
 from fastllama.model.small_linear import SmallEmbedding, SmallHead, SmallLinear, held_format
 from fastllama.model.sources import all_modules, is_plain
-from fastllama.model.weights import SmallTable, Weights
+from fastllama.model.table import SmallTable
+from fastllama.model.weights import Weights
 
 
 def obstacle(model: nn.Module, shape: CacheShape) -> str | None:

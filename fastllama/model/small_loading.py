@@ -1,9 +1,10 @@
-"""Weights of few bits through transformers' own loading: quantised tensor by tensor, saved and loaded again as they are.
+"""Weights of few bits through transformers' own loading: quantised tensor by tensor, and saved and loaded as they are.
 
 The quantiser is known to transformers while one of our models is being loaded, and not before or after.
 """
 
 import contextlib
+import math
 import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -15,7 +16,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from fastllama.kernels.small_product import check, quantise
+from fastllama.kernels.small_product import check, quantise, shapes
 from fastllama.kernels.small_weights import WEIGHTS, canonical, head_format
 from fastllama.model.small_linear import SmallEmbedding, SmallHead, SmallLinear
 
@@ -91,9 +92,8 @@ class SmallWeightsQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs):
         for name, module in model.named_modules():
-            if isinstance(module, (SmallLinear, SmallEmbedding)):
-                if not torch.isfinite(module.weight_scale.float()).all():
-                    raise ValueError(f"{name}.weight_scale holds NaN or infinities")
+            if isinstance(module, (SmallLinear, SmallEmbedding)) and not module.weight_scale.float().isfinite().all():
+                raise ValueError(f"{name}.weight_scale holds NaN or infinities")
         return model
 
     def _format_of(self, model: nn.Module, module: nn.Module) -> str:
@@ -205,6 +205,14 @@ def _require_float8(devices: list) -> None:
                 f"weights='float8' cannot be honoured: the GPU has capability {capability[0]}.{capability[1]}, and "
                 "8.9 is the first with float8"
             )
+
+
+def small_bytes(model: nn.Module, weights: str) -> Iterator[tuple[nn.Linear, int]]:
+    """Each matrix of a float Llama, and the bytes that it takes in `weights`, a name of `WEIGHTS`."""
+    for _, module in _matrices(model):
+        format = head_format(weights) if module is model.get_output_embeddings() else weights
+        sizes = shapes(format, module.out_features, module.in_features)
+        yield module, sum(math.prod(shape) * dtype.itemsize for shape, dtype in sizes)
 
 
 def quantised_by(weights: str | None, arguments: dict) -> dict:

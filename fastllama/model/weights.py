@@ -9,16 +9,16 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from fastllama.kernels.linear import Native, Packed, Stock
 from fastllama.kernels.norm import Norm
-from fastllama.kernels.small_product import TILE, Expanded, Small, dequantise_rows
+from fastllama.kernels.small_product import TILE, Expanded, Small
 from fastllama.model.released import Packing
-from fastllama.model.small_linear import SmallEmbedding, SmallLinear, is_small
+from fastllama.model.small_linear import SmallLinear, is_small
 from fastllama.model.sources import is_plain
+from fastllama.model.table import SmallTable, Table, table
 
 Product = Stock | Native | Packed | Small | Expanded
 
@@ -35,29 +35,6 @@ class Choice(Protocol):
 
 # Which a prompt's attention takes: (query heads, kv heads, head dim) -> "stock" or "native".
 AttentionChoice = Callable[[int, int, int], str]
-
-
-class Table(NamedTuple):
-    """The embedding: rows of `weight` [V, E]."""
-
-    weight: torch.Tensor
-
-    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        return F.embedding(ids, self.weight)
-
-
-class SmallTable(NamedTuple):
-    """The embedding in few bits: its rows are expanded to the dtype of `like` as they are looked up."""
-
-    quants: torch.Tensor
-    scales: torch.Tensor
-    like: torch.Tensor
-    format: str
-    out_features: int
-    in_features: int
-
-    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        return dequantise_rows(self.quants, self.scales, self.format, self.in_features, ids, self.like.dtype)
 
 
 class Fused(NamedTuple):
@@ -204,15 +181,6 @@ def _lie_in_tiles(modules: tuple[nn.Module, ...]) -> bool:
     )
 
 
-def _table(embedding: nn.Module) -> Table | SmallTable | nn.Module:
-    if is_plain(embedding, nn.Embedding):
-        return Table(embedding.weight)
-    if is_plain(embedding, SmallEmbedding):
-        e = embedding
-        return SmallTable(e.weight, e.weight_scale, e.like, e.format, e.rows, e.columns)
-    return embedding
-
-
 def _norm(module: nn.Module) -> Norm | nn.Module:
     return Norm(module.weight, module.variance_epsilon) if is_plain(module, LlamaRMSNorm) else module
 
@@ -239,7 +207,7 @@ def gather(model: nn.Module, fuse: str, choose: Choice, choose_attention: Attent
                 )
             )
         lm_head = gatherer.one(head, tied)
-        embed = _table(embedding)
+        embed = table(embedding)
         norm = _norm(model.model.norm)
     attention = model.model.layers[0].self_attn
     opaque = gatherer.kinds["by module"] or isinstance(embed, nn.Module) or isinstance(norm, nn.Module)
