@@ -182,7 +182,7 @@ def test_bytes_of_a_block_are_llama_cpps():
     assert {name: FORMATS[name].row_bytes(32) for name in BLOCKED} == TYPE_BYTES
 
 
-@pytest.mark.parametrize("format", [name for name in BLOCKED])
+@pytest.mark.parametrize("format", BLOCKED)
 def test_blocks_that_do_not_divide_are_refused(format):
     with pytest.raises(ValueError, match=f"head_dim=48 is not a multiple of 32, which the cache format {format} needs"):
         quantise(torch.zeros(1, 48), format)

@@ -13,10 +13,14 @@ Keys or values [..., D] are stored as a tuple of tensors, their parts, in this o
 Within a block of 32, byte j has number j in its low four bits and number j + 16 in its high ones; fifth bit j belongs
 to number j. A block's d, m, fifth bits and quants one after another are llama.cpp's block. The rules are those of the
 `gguf` package's quantisers (int8: of torchao's llama; iq4_nl, for which that package has none: `_iq4_nl`), bit for bit
-for finite numbers (in q4_1 and q5_1 a number that is -0 counts as +0, where numpy may take either). A block with a NaN or an infinity expands to NaNs and infinities only (one scale serves all of it).
+for finite numbers; in q4_1 and q5_1 a number that is -0 counts as +0, where numpy may take either. A block with a NaN
+or an infinity expands to NaNs and infinities only: one scale serves all of it.
 
 Legend: D head dim, R blocks of a row, r = 32 numbers of a block.
 """
+
+import functools
+import itertools
 
 import torch
 
@@ -74,7 +78,7 @@ def expand(parts: tuple[torch.Tensor, ...] | list[torch.Tensor], format: str, dt
     if format == "q8_0":
         quants_Rr, scales = parts[0].float().unflatten(-1, (-1, BLOCK)), parts[1:]
     elif format == "iq4_nl":
-        codebook = torch.tensor(IQ4_NL, dtype=torch.float32, device=parts[0].device)
+        codebook, _ = _codebook(parts[0].device)
         quants_Rr, scales = codebook[_nibbles(parts[0]).int()], parts[1:]
     else:
         quants_Rr, scales = _nibbles(parts[0]), parts[1:]
@@ -121,10 +125,16 @@ def _iq4_nl(x_Rr: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The number furthest from zero is the codebook's first (-127 d); each takes the nearest, of two the upper."""
     d_R1 = _quotient(_furthest(x_Rr), IQ4_NL[0])
     scaled_Rr = x_Rr * _inverse(d_R1)
-    between = torch.tensor([(a + b) / 2 for a, b in zip(IQ4_NL, IQ4_NL[1:], strict=False)], device=x_Rr.device)
-    quants_Rr = torch.bucketize(scaled_Rr.contiguous(), between, right=True).to(torch.uint8)
+    _, middles = _codebook(x_Rr.device)
+    quants_Rr = torch.bucketize(scaled_Rr.contiguous(), middles, right=True).to(torch.uint8)
     quants_Rr = torch.where(scaled_Rr.isfinite(), quants_Rr, 0)
     return *_packed(quants_Rr, False), d_R1[..., 0].half()
+
+
+@functools.cache  # made once: a graph being captured cannot copy from the host
+def _codebook(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    middles = [(a + b) / 2 for a, b in itertools.pairwise(IQ4_NL)]
+    return tuple(torch.tensor(numbers, dtype=torch.float32, device=device) for numbers in (IQ4_NL, middles))
 
 
 def _furthest(x_Rr: torch.Tensor) -> torch.Tensor:
