@@ -66,7 +66,7 @@ inline void to_lanes(const Kind* from, int count, float (*to)[kBlock]) {
       for (int p = 0; p < kBlock; ++p) to[g][p] = row[p * G + g];
 }
 
-template <typename T, int V>
+template <int V>
 void read_block(const Run& run, int64_t s, int count, SmallBlock& block) {
   for_format(run.format, [&](auto format) {
     constexpr Format F = decltype(format)::value;
@@ -78,7 +78,9 @@ void read_block(const Run& run, int64_t s, int count, SmallBlock& block) {
       block.quants = block.own;
     }
     if constexpr (F == Format::int8) {
-      to_lanes<T, 1>(run.at<T>(1, s), count, block.scale);
+      if (run.model == Format::f32) to_lanes<float, 1>(run.at<float>(1, s), count, block.scale);
+      else if (run.model == Format::f16) to_lanes<at::Half, 1>(run.at<at::Half>(1, s), count, block.scale);
+      else to_lanes<at::BFloat16, 1>(run.at<at::BFloat16>(1, s), count, block.scale);
     } else if constexpr (!is_float(F) && V % 2 == 0) {
       to_lanes<at::Half, V / 2>(run.at<at::Half>(scale_part(F), s), count, block.scale);
       if constexpr (has_least(F)) to_lanes<at::Half, V / 2>(run.at<at::Half>(scale_part(F) + 1, s), count, block.least);

@@ -101,9 +101,9 @@ inline void mix_small(const float* weights, const SmallBlock& values, int count,
 }
 
 // As `attend` does. query: fp32 [R, D].
-template <typename T, int V, int R>
-void attend_small(const float* query, float scale, const Expanded<T, V>& keys, const Expanded<T, V>& values, int64_t begin,
-                  int64_t end, const int64_t* seen, const Partial& out) {
+template <int V, int R>
+void attend_small(const float* query, float scale, const Run& keys, const Run& values, int64_t begin, int64_t end,
+                  const int64_t* seen, const Partial& out) {
   clear(out, R, V * 16);
   alignas(64) thread_local SmallBlock key, value;
   alignas(64) float scores[R * kBlock] = {};
@@ -113,15 +113,15 @@ void attend_small(const float* query, float scale, const Expanded<T, V>& keys, c
     for (int v = 0; v < V; ++v) row[r][v] = lanes(query + (r * V + v) * 16), sums[r][v / 2] += sum(row[r][v]);
   for (int64_t s = begin; s < end; s += kBlock) {
     const int count = (int)std::min<int64_t>(kBlock, end - s);
-    read_block<T, V>(keys.run, s, count, key);
-    for_groups<V>(keys.run.format, [&](auto groups) {
+    read_block<V>(keys, s, count, key);
+    for_groups<V>(keys.format, [&](auto groups) {
       score_small<V, R, decltype(groups)::value>(row, sums, key, count, keys.ahead(s + kBlock, end), scores);
     });
     float keep[R];
     for (int r = 0; r < R; ++r)
       keep[r] = weigh(scores + r * kBlock, scale, std::min<int64_t>(count, seen[r] - s), out.maximum[r], totals[r]);
-    read_block<T, V>(values.run, s, count, value);
-    for_groups<V>(values.run.format, [&](auto groups) {
+    read_block<V>(values, s, count, value);
+    for_groups<V>(values.format, [&](auto groups) {
       mix_small<V, R, decltype(groups)::value>(scores, value, count, values.ahead(s + kBlock, end), keep, out.mixed);
     });
   }
@@ -292,9 +292,9 @@ inline void mix_small_rows(const float* weights, const int32_t* packed, const Sm
 }
 
 // As `attend_rows` does. query: fp32 [R, D].
-template <typename T, int V>
-void attend_small_rows(const float* query, float scale, const Expanded<T, V>& keys, const Expanded<T, V>& values,
-                       int64_t begin, int64_t end, const int64_t* seen, int R, const Partial& out) {
+template <int V>
+void attend_small_rows(const float* query, float scale, const Run& keys, const Run& values, int64_t begin, int64_t end,
+                       const int64_t* seen, int R, const Partial& out) {
   constexpr int D = V * 16;
   clear(out, R, D);
   alignas(64) thread_local SmallBlock key, value;
@@ -307,12 +307,12 @@ void attend_small_rows(const float* query, float scale, const Expanded<T, V>& ke
   const int calls = (R + kRows - 1) / kRows * (V * 8 + kBlock / 2 * (V + 3) / 4);
   for (int64_t s = begin; s < end; s += kBlock) {
     const int count = (int)std::min<int64_t>(kBlock, end - s);
-    read_block<T, V>(keys.run, s, count, key);
+    read_block<V>(keys, s, count, key);
     pack_small_keys<V>(key.quants, count, packed_keys);
-    read_block<T, V>(values.run, s, count, value);
+    read_block<V>(values, s, count, value);
     pack_small_values<V>(value.quants, count, packed_values);
     float bounds[kMostGroups];
-    for (int g = 0; g < (values.run.format == Format::int8 ? 1 : V / 2); ++g) {
+    for (int g = 0; g < (values.format == Format::int8 ? 1 : V / 2); ++g) {
       f32x16 top = {};
       bool finite = true;
       for (int p = 0; p < kBlock; p += 16) {
@@ -329,7 +329,7 @@ void attend_small_rows(const float* query, float scale, const Expanded<T, V>& ke
       if (*std::max_element(seen + r0, seen + r0 + rows) <= s) continue;
       auto each = [&](auto n) {
         constexpr int N = decltype(n)::value;
-        for_groups<V>(keys.run.format, [&](auto groups) {
+        for_groups<V>(keys.format, [&](auto groups) {
           score_small_rows<V, N, decltype(groups)::value>(asked, r0, packed_keys, key, asking, scores);
         });
         float keep[N];
@@ -337,7 +337,7 @@ void attend_small_rows(const float* query, float scale, const Expanded<T, V>& ke
           const int64_t visible = std::min<int64_t>(count, seen[r0 + r] - s);
           keep[r] = weigh(scores + r * kBlock, scale, visible, out.maximum[r0 + r], totals[r0 + r]);
         }
-        for_groups<V>(values.run.format, [&](auto groups) {
+        for_groups<V>(values.format, [&](auto groups) {
           mix_small_rows<V, N, decltype(groups)::value>(scores, packed_values, value, bounds, (count + 1) / 2, keep, asking,
                                                         out.mixed + (int64_t)r0 * D);
         });
@@ -370,10 +370,10 @@ void attend_group(const float* units, float scale, const Expanded<T, V>& keys, c
     }
     query = wide.data();
   }
-  if (R == 1) return attend_small<T, V, 1>(query, scale, keys, values, begin, end, seen, out);
-  if (R == 2) return attend_small<T, V, 2>(query, scale, keys, values, begin, end, seen, out);
+  if (R == 1) return attend_small<V, 1>(query, scale, keys.run, values.run, begin, end, seen, out);
+  if (R == 2) return attend_small<V, 2>(query, scale, keys.run, values.run, begin, end, seen, out);
   if constexpr (!std::is_same_v<T, float>)
-    attend_small_rows<T, V>(query, scale, keys, values, begin, end, seen, R, out);
+    attend_small_rows<V>(query, scale, keys.run, values.run, begin, end, seen, R, out);
 }
 
 #endif

@@ -52,6 +52,7 @@ void for_format(Format format, const Work& work) {
 // One row and head: position s of part i is at part[i] + s * each[i].
 struct Run {
   Format format;
+  Format model;  // the model's own type, in which int8 has its scales
   char* part[kParts];
   int64_t each[kParts];
 
@@ -63,17 +64,23 @@ struct Run {
   T* at(int i, int64_t s) {
     return (T*)(part[i] + s * each[i]);
   }
+  // What is read from position s on is asked for: scales, which are few, now, and the rest by the caller.
+  Ahead ahead(int64_t s, int64_t end) const {
+    if (s >= end) return {};
+    for (int i = 1; i < kParts; ++i)
+      if (each[i]) ask_for(at<char>(i, s), (int)(std::min<int64_t>(kBlock, end - s) * each[i]));
+    return {at<char>(0, s), each[0]};
+  }
 };
 
 // The keys or the values of one layer.
 struct Side {
-  Format format = Format::f32;
-  int64_t positions = 0;
+  Format format = Format::f32, model = Format::f32;
   char* data[kParts] = {};
   int64_t row[kParts] = {}, head[kParts] = {}, each[kParts] = {};  // bytes from one to the next
 
   Run at(int64_t b, int64_t k) const {
-    Run run{format, {}, {}};
+    Run run{format, model, {}, {}};
     for (int i = 0; i < kParts; ++i) run.part[i] = data[i] + b * row[i] + k * head[i], run.each[i] = each[i];
     return run;
   }
@@ -85,7 +92,7 @@ Side side(const std::vector<at::Tensor>& parts, const std::string& name, int64_t
   const auto* found = std::find(std::begin(kFormats), std::end(kFormats), name);
   TORCH_CHECK(found != std::end(kFormats), "cache format '", name, "' is not known");
   Side side;
-  side.format = Format(found - std::begin(kFormats));
+  side.format = Format(found - std::begin(kFormats)), side.model = kFormatOf<T>;
   const Format f = side.format;
   const auto half = at::kHalf;
   std::vector<std::pair<int64_t, at::ScalarType>> expected;
@@ -112,7 +119,6 @@ Side side(const std::vector<at::Tensor>& parts, const std::string& name, int64_t
     side.row[i] = x.stride(0) * x.element_size(), side.head[i] = x.stride(1) * x.element_size();
     side.each[i] = n * x.element_size();
   }
-  side.positions = parts[0].size(2);
   return side;
 }
 
@@ -216,12 +222,7 @@ struct Expanded {
     expand<T, V>(run, s, count, scratch);
     return scratch;
   }
-  Ahead ahead(int64_t s, int64_t end) const {
-    if (s >= end) return {};
-    for (int i = 1; i < kParts; ++i)  // scales are few
-      if (run.each[i]) ask_for(run.at<char>(i, s), (int)(std::min<int64_t>(kBlock, end - s) * run.each[i]));
-    return {run.at<char>(0, s), run.each[0]};
-  }
+  Ahead ahead(int64_t s, int64_t end) const { return run.ahead(s, end); }
 };
 
 // Calls work with where the blocks of keys and of values come from: straight from the cache where it is of type T.
