@@ -321,6 +321,26 @@ def step_inputs(dim: int) -> dict:
     }
 
 
+def step_on(inputs, keys, values, formats, mask, valid_past_index, dim):
+    matrices = [*inputs["matrices"], inputs["embedding"]]
+    return torch.classes.fastllama_native.Step(
+        matrices,
+        [None] * len(matrices),
+        [None] * len(matrices),
+        [len(matrix) for matrix in matrices],
+        [matrix.shape[1] for matrix in matrices],
+        inputs["norms"],
+        *([tuple(parts) for parts in side] for side in (keys, values)),
+        list(formats),
+        mask,
+        valid_past_index,
+        inputs["cos"],
+        inputs["sin"],
+        [HEADS, KV_HEADS, dim],
+        [0.3, *[1e-5] * len(inputs["norms"])],
+    )
+
+
 def plain_step(inputs, ids_BQ, keys, values, formats, past_B, dim):
     """The same with an operator each; `keys` and `values` are each layer's parts."""
     norm = lambda x, i: F.rms_norm(x, (HIDDEN,), inputs["norms"][i], 1e-5)  # noqa: E731
@@ -351,20 +371,7 @@ def test_a_step_is_the_operators_one_after_another(formats, threads):
     x = torch.randn(2, LAYERS, 2, KV_HEADS, POSITIONS, dim)
     mine, plain = ([[filled(f, y) for y in x[i]] for i, f in enumerate(formats)] for _ in range(2))
     valid, mask = past.clone(), torch.full((2, 1, 1, POSITIONS), float("-inf"))
-    step = torch.classes.fastllama_native.Step(
-        inputs["matrices"],
-        [None] * len(inputs["matrices"]),
-        inputs["norms"],
-        inputs["embedding"],
-        *([tuple(parts) for parts in side] for side in mine),
-        list(formats),
-        mask,
-        valid,
-        inputs["cos"],
-        inputs["sin"],
-        [HEADS, KV_HEADS, dim],
-        [0.3, *[1e-5] * len(inputs["norms"])],
-    )
+    step = step_on(inputs, *mine, formats, mask, valid, dim)
     for tokens in (1, 3, 1):
         ids = torch.randint(WORDS, (2, tokens))
         found, expected = step.run(ids), plain_step(inputs, ids, *plain, formats, past, dim)
@@ -383,18 +390,5 @@ def test_a_step_is_the_operators_one_after_another(formats, threads):
 def test_a_step_refuses_parts_of_another_format():
     inputs, parts = step_inputs(32), [filled("q8_0", torch.randn(1, KV_HEADS, POSITIONS, 32))] * LAYERS
     with pytest.raises(RuntimeError, match="part 0 of the cache format q4_0"):
-        torch.classes.fastllama_native.Step(
-            inputs["matrices"],
-            [None] * len(inputs["matrices"]),
-            inputs["norms"],
-            inputs["embedding"],
-            parts,
-            parts,
-            ["q8_0", "q4_0"],
-            torch.zeros(1, 1, 1, POSITIONS),
-            torch.zeros(1, dtype=torch.int64),
-            inputs["cos"],
-            inputs["sin"],
-            [HEADS, KV_HEADS, 32],
-            [0.3, *[1e-5] * len(inputs["norms"])],
-        )
+        mask, valid = torch.zeros(1, 1, 1, POSITIONS), torch.zeros(1, dtype=torch.int64)
+        step_on(inputs, parts, parts, ["q8_0", "q4_0"], mask, valid, 32)

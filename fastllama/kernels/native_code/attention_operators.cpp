@@ -3,20 +3,11 @@
 
 #include <torch/library.h>
 
+#include "checks.h"
 #include "prompt.h"
 #include "quantise.h"
 
 namespace {
-
-template <typename Work>
-void for_type(const at::Tensor& tensor, const Work& work) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat: return work(float{});
-    case at::kBFloat16: return work(at::BFloat16{});
-    case at::kHalf: return work(at::Half{});
-    default: TORCH_CHECK(false, "dtype ", tensor.scalar_type(), " is not supported");
-  }
-}
 
 at::Tensor attend_prompt(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values, int64_t past,
                          double scale) {
@@ -28,7 +19,7 @@ at::Tensor attend_prompt(const at::Tensor& query, const at::Tensor& keys, const 
     TORCH_CHECK(tensor.scalar_type() == query.scalar_type() && tensor.stride(3) == 1, "attend_prompt: a tensor's layout");
   TORCH_CHECK(keys.stride(2) == D && values.stride(2) == D, "attend_prompt: positions must lie one after the other");
   at::Tensor out = at::empty({B, Q, N * D}, query.options().memory_format(at::MemoryFormat::Contiguous));
-  for_type(query, [&](auto zero) {
+  typed(query, [&](auto zero) {
     using T = decltype(zero);
     const Strided<const T> asking{query.const_data_ptr<T>(), query.stride(0), query.stride(1), query.stride(2)};
     const Strided<T> result{out.mutable_data_ptr<T>(), Q * N * D, N * D, D};
@@ -63,7 +54,7 @@ at::Tensor attend_stored(const at::Tensor& query, at::TensorList keys, c10::stri
               "attend_stored: queries ", query.sizes(), " do not fit keys ", keys[0].sizes(), " and values ", values[0].sizes());
   const at::Tensor counts = checked(seen, B, Q, 1, S, "attend_stored: seen");
   at::Tensor out = at::empty({B, Q, N * D}, query.options().memory_format(at::MemoryFormat::Contiguous));
-  for_type(query, [&](auto zero) {
+  typed(query, [&](auto zero) {
     using T = decltype(zero);
     const Side key = side<T>(keys.vec(), std::string(key_format), D);
     const Side value = side<T>(values.vec(), std::string(value_format), D);
@@ -84,7 +75,7 @@ void store(const at::Tensor& fresh, at::TensorList parts, c10::string_view forma
   TORCH_CHECK(parts[0].size(0) >= B && parts[0].size(1) == K, "store: new tokens ", fresh.sizes(), " do not fit the cache's ",
               parts[0].sizes());
   const at::Tensor where = checked(index, B, Q, 0, parts[0].size(2) - 1, "store: index");
-  for_type(fresh, [&](auto zero) {
+  typed(fresh, [&](auto zero) {
     using T = decltype(zero);
     const Side to = side<T>(parts.vec(), std::string(format), D);
     const T* from = fresh.const_data_ptr<T>();
