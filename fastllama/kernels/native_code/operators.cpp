@@ -54,8 +54,7 @@ class Step : public torch::CustomClassHolder {
   Step(std::vector<at::Tensor> matrices, std::vector<std::optional<at::Tensor>> scales,
        std::vector<std::optional<at::Tensor>> biases, std::vector<int64_t> rows, std::vector<int64_t> columns,
        std::vector<at::Tensor> norms, CachedLayers keys, CachedLayers values, std::vector<std::string> formats,
-       at::Tensor mask,
-       at::Tensor valid_past_index, at::Tensor cos, at::Tensor sin, std::vector<int64_t> sizes,
+       at::Tensor mask, at::Tensor valid_past_index, at::Tensor cos, at::Tensor sin, std::vector<int64_t> sizes,
        std::vector<double> numbers)
       : matrices_(std::move(matrices)), scales_(std::move(scales)), biases_(std::move(biases)), norms_(std::move(norms)),
         keys_(std::move(keys)), values_(std::move(values)), others_{norms_.at(0), mask, valid_past_index, cos, sin} {
@@ -144,8 +143,8 @@ TORCH_LIBRARY(fastllama_native, library) {
   library.class_<Step>("Step")
       .def(torch::init<std::vector<at::Tensor>, std::vector<std::optional<at::Tensor>>,
                        std::vector<std::optional<at::Tensor>>, std::vector<int64_t>, std::vector<int64_t>,
-                       std::vector<at::Tensor>, CachedLayers, CachedLayers, std::vector<std::string>, at::Tensor, at::Tensor, at::Tensor,
-                       at::Tensor, std::vector<int64_t>, std::vector<double>>())
+                       std::vector<at::Tensor>, CachedLayers, CachedLayers, std::vector<std::string>, at::Tensor,
+                       at::Tensor, at::Tensor, at::Tensor, std::vector<int64_t>, std::vector<double>>())
       .def("run", &Step::run);
 }
 TORCH_LIBRARY_IMPL(fastllama_native, CPU, library) {

@@ -49,6 +49,16 @@ inline void to_bytes(const Run& run, int64_t first, int count, int8_t* to) {
   }
 }
 
+// Of 32 numbers those in even places, and those in odd ones.
+struct Halves {
+  __m512 part[2];
+  __m512 operator[](int i) const { return part[i]; }
+};
+inline Halves every_other(__m512 a, __m512 b) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  return {_mm512_permutex2var_ps(a, even, b), _mm512_permutex2var_ps(a, _mm512_add_epi32(even, _mm512_set1_epi32(1)), b)};
+}
+
 // Scales [count, G] in `Kind` as fp32 [G, kBlock]; those that are missing are zero.
 template <typename Kind, int G>
 inline void to_lanes(const Kind* from, int count, float (*to)[kBlock]) {
@@ -61,9 +71,25 @@ inline void to_lanes(const Kind* from, int count, float (*to)[kBlock]) {
   }
   for (; i < count * G; ++i) line[i] = float(from[i]);
   std::fill(line + count * G, line + kBlock * G, 0.f);
-  if constexpr (G > 1)
+  if constexpr (G == 2 || G == 4) {
+    for (int p = 0; p < kBlock; p += 16) {
+      __m512 x[G];
+#pragma GCC unroll 4
+      for (int i = 0; i < G; ++i) x[i] = _mm512_load_ps(row + p * G + 16 * i);
+      const auto first = every_other(x[0], x[1]);
+      if constexpr (G == 2) {
+        _mm512_store_ps(to[0] + p, first[0]), _mm512_store_ps(to[1] + p, first[1]);
+      } else {
+        const auto second = every_other(x[2], x[3]);
+        const auto even = every_other(first[0], second[0]), odd = every_other(first[1], second[1]);
+        _mm512_store_ps(to[0] + p, even[0]), _mm512_store_ps(to[2] + p, even[1]);
+        _mm512_store_ps(to[1] + p, odd[0]), _mm512_store_ps(to[3] + p, odd[1]);
+      }
+    }
+  } else if constexpr (G > 1) {
     for (int g = 0; g < G; ++g)
       for (int p = 0; p < kBlock; ++p) to[g][p] = row[p * G + g];
+  }
 }
 
 template <int V>
