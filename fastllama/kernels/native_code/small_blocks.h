@@ -22,6 +22,12 @@ struct SmallBlock {
   alignas(64) int8_t own[kBlock * kMostDims];
 };
 
+// What a thread works in, one for keys and one for values.
+inline SmallBlock* own_blocks() {
+  alignas(64) static thread_local SmallBlock blocks[2];
+  return blocks;
+}
+
 template <Format F>
 inline __m128i table() {
   if constexpr (F == Format::iq4_nl) return _mm_load_si128((const __m128i*)kCodebook);

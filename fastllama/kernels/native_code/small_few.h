@@ -98,7 +98,7 @@ template <int V, int R>
 void attend_small(const float* query, float scale, const Run& keys, const Run& values, int64_t begin, int64_t end,
                   const int64_t* seen, const Partial& out) {
   clear(out, R, V * 16);
-  alignas(64) thread_local SmallBlock key, value;
+  SmallBlock &key = own_blocks()[0], &value = own_blocks()[1];
   alignas(64) float scores[R * kBlock] = {};
   f32x16 totals[R] = {}, row[R][V];
   float sums[R][kMostGroups] = {};

@@ -66,10 +66,7 @@ constexpr float kLeastBound = 1e-30f;  // below it there is nothing to scale
 template <int N, int C>
 inline void small_products(const int32_t* left, int reach, const int32_t* packed, int width, int units, Asking& asking,
                            __m512i (*totals)[C]) {
-#pragma GCC unroll 4
-  for (int n = 0; n < N; ++n)
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) totals[n][c] = __m512i{};
+  __m512i sums[N][C] = {};  // in registers: what `totals` points to might be what is read
   for (int u = 0; u < units; ++u) {
     asking.ask();
     // One load for the tile: the compiler would fold a load into each product.
@@ -83,9 +80,19 @@ inline void small_products(const int32_t* left, int reach, const int32_t* packed
     for (int n = 0; n < N; ++n) {
       const __m512i both = _mm512_set1_epi32(left[n * reach + u]);
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) totals[n][c] = _mm512_dpwssd_epi32(totals[n][c], right[c], both);
+      for (int c = 0; c < C; ++c) sums[n][c] = _mm512_dpwssd_epi32(sums[n][c], right[c], both);
     }
   }
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) totals[n][c] = sums[n][c];
+}
+
+// What a thread packs keys and values into.
+inline int32_t* own_units() {
+  alignas(64) static thread_local int32_t units[kMostDims * kBlock];
+  return units;
 }
 
 // What several rows keep beside the block: their queries in integers, the scale of each, the sum of each group.
@@ -191,8 +198,8 @@ void attend_small_rows(const float* query, float scale, const Run& keys, const R
                        const int64_t* seen, int R, const Partial& out) {
   constexpr int D = V * 16;
   clear(out, R, D);
-  alignas(64) thread_local SmallBlock key, value;
-  alignas(64) thread_local int32_t packed_keys[D / 2 * kBlock], packed_values[kBlock / 2 * D];
+  SmallBlock &key = own_blocks()[0], &value = own_blocks()[1];
+  int32_t *packed_keys = own_units(), *packed_values = packed_keys + D / 2 * kBlock;
   alignas(64) float scores[kRows * kBlock];
   thread_local std::vector<f32x16> totals;
   thread_local SmallQuery<V> asked;

@@ -225,13 +225,20 @@ struct Expanded {
   Ahead ahead(int64_t s, int64_t end) const { return run.ahead(s, end); }
 };
 
+// What a thread expands a block of keys and one of values into.
+template <typename T>
+T* own_scratch() {
+  alignas(64) static thread_local T scratch[2 * kBlock * kMostDims];
+  return scratch;
+}
+
 // Calls work with where the blocks of keys and of values come from: straight from the cache where it is of type T.
 template <typename T, int V, typename Work>
 void with_blocks(const Run& keys, const Run& values, const Work& work) {
   if (keys.format == kFormatOf<T> && values.format == kFormatOf<T>)
     return work(Plain<T, V>{keys.at<T>(0, 0)}, Plain<T, V>{values.at<T>(0, 0)});
-  alignas(64) thread_local T scratch[2][kBlock * V * 16];
-  work(Expanded<T, V>{keys, scratch[0]}, Expanded<T, V>{values, scratch[1]});
+  T* scratch = own_scratch<T>();
+  work(Expanded<T, V>{keys, scratch}, Expanded<T, V>{values, scratch + kBlock * kMostDims});
 }
 
 }  // namespace
