@@ -95,7 +95,7 @@ def _attend(query_BQND, keys, key_format, values, value_format, seen_BQ, used, s
 
 
 class _Running:
-    """Softmax and weighted sum, block after block, in fp32: the largest score, the sum of weights, the sum of values."""
+    """Softmax and weighted sum, block after block, in fp32: the top score, the sum of weights, the sum of values."""
 
     def __init__(self, query_BQND: torch.Tensor, kv_heads: int, seen_BQ: torch.Tensor, scale: float):
         batch, tokens, heads, dim = query_BQND.shape
