@@ -1,5 +1,7 @@
 """Small caches: against a plain model that quantises and expands whole keys and values."""
 
+import json
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -11,7 +13,10 @@ from fastllama.cache.small_cache import SmallCache
 from fastllama.kernels import stored_attention
 from fastllama.kernels.blocks import FORMATS
 from fastllama.kernels.stored import expand, part_sizes, quantise
+from fastllama.lab import ceiling, checkpoint
+from fastllama.lab.parts import Shape
 from tests.pairwise import pairwise
+from tests.test_measure import write_tiny
 from tests.tiny import GREEDY, SAMPLED, VOCAB, generate, pair, prompt
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -344,21 +349,60 @@ def test_what_cannot_be_stored_is_refused_before_any_work():
         ours.preallocate(1, 32, cache_k="int8")
 
 
-def test_the_native_step_takes_a_small_cache_or_says_why_not():
-    _, ours = models()
-    if stored_attention.native.load() is not None:
-        pytest.skip(stored_attention.native.load())
-    if not hasattr(torch.ops.fastllama_native, "step_formats"):
-        with pytest.raises(ValueError, match="cannot be honoured: it does not read the cache format q4_1"):
-            ours.preallocate(1, 64, cache_k="q4_1", cache_v="int8", compile="native")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", ["one", "padded"])
+@pytest.mark.parametrize(("cache_k", "cache_v"), SIDES)
+def test_the_native_step_gives_the_same_logits(cache_k, cache_v, batch, dtype):
+    if (reason := stored_attention.native_obstacle(torch.device("cpu"), 64)) is not None:
+        pytest.skip(reason)
+    vanilla, ours = models(dtype=dtype)
+    inputs = prompt(batch, 30)
+    rows = len(inputs["input_ids"])
+    later = torch.randint(3, VOCAB, (rows, 9), generator=torch.Generator().manual_seed(2))
+    ours.preallocate(rows, 96, cache_k=cache_k, cache_v=cache_v, compile="native")
+    found = forced(ours, inputs, later)
+    generate(ours, inputs, max_new_tokens=3, **GREEDY)
+    assert "native step" in ours.path
+    exact = expected_logits(vanilla.float(), inputs, later, cache_k, cache_v)
+    if dtype == "fp32":
+        assert_close(found, exact)
         return
-    ours.preallocate(3, 96, cache_k="q4_1", cache_v="int8")
-    inputs = prompt("padded", 30)
-    later = torch.randint(3, VOCAB, (3, 9), generator=torch.Generator().manual_seed(2))
-    expected = forced(ours, inputs, later)
-    ours.preallocate(3, 96, cache_k="q4_1", cache_v="int8", compile="native")
-    assert_close(forced(ours, inputs, later), expected)
-    assert "native step" in ours.path or ours._engine._native is not None
+    own = (expected_logits(vanilla.to(DTYPES[dtype]), inputs, later, cache_k, cache_v) - exact).pow(2).mean().sqrt()
+    assert (found - exact).pow(2).mean().sqrt() <= 1.3 * own
+
+
+def test_the_laboratory_counts_the_same_bytes():
+    _, ours = models()
+    config = ours.config
+    for cache_k, cache_v in SIDES:
+        held = CacheShape(2, 1, 2, 100, 64, torch.float32, torch.device("cpu"), cache_k, cache_v)
+        assert checkpoint.position_bytes(config, 4, cache_k, cache_v) == 2 * 2 * held.position_bytes
+        made = Shape(config, 4, (9, 5), 6, {"qkv": 1, "o": 1, "gate_up": 1, "down": 1}, (cache_k, cache_v))
+        moved = made.step_bytes()
+        for part in ("embedding", "cache write"):
+            moved.pop(part)
+        assert sum(moved.values()) == ceiling.step_bytes(ours, [9, 5], 6, cache_k, cache_v)
+
+
+def test_a_point_runs_with_a_small_cache(tmp_path, light, logs, capsys):
+    import run_llama
+
+    words = [
+        "--model",
+        write_tiny(tmp_path / "model", head_dim=32),
+        "--preallocate",
+        "--dtype",
+        "fp32",
+        "-ctk",
+        "int8",
+        "--cache-v",
+        "q8_0",
+    ]
+    words += ["--prompt-length", "20", "--new-tokens", "4", "--runs", "1", "--warmup", "1", "--format", "json"]
+    assert run_llama.main(words) == 0
+    (point,) = json.loads(capsys.readouterr().out)
+    assert (point["switches"]["cache_k"], point["switches"]["cache_v"]) == ("int8", "q8_0")
+    assert "cache int8/q8_0" in point["path"]
 
 
 # the operators
@@ -395,7 +439,7 @@ def test_attention_by_blocks_is_attention(formats, tokens, dtype, native, monkey
     scores = scores.masked_fill(torch.arange(used) >= seen[:, None, :, None], float("-inf"))
     expected = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
     assert found.dtype == dtype and found.shape == (2, tokens, 4 * 64)
-    assert (found.double() - expected).abs().max() <= 4 * torch.finfo(dtype).eps * expected.abs().max()
+    assert (found.double() - expected).abs().max() <= 16 * torch.finfo(dtype).eps * expected.abs().max()
 
 
 @pytest.mark.parametrize("native", [False, True])
