@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import fastllama
@@ -458,6 +459,34 @@ def test_storing_writes_each_rows_own_positions_and_nothing_else(format, dtype, 
         for row in range(2):
             expected[row, :, index[row]] = numbers[row].transpose(0, 1)
         assert torch.equal(part, expected)
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that an operator makes anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.nbytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        held = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in held:
+            self.nbytes = max(self.nbytes, out.nbytes)
+        return out
+
+
+@pytest.mark.parametrize("tokens", [1, 64])
+@pytest.mark.parametrize("format", ["int8", "q4_1", "q5_0", "iq4_nl", "f16"])
+def test_no_more_than_a_block_is_ever_expanded(format, tokens, monkeypatch):
+    monkeypatch.setattr(stored_attention, "_EXPANDED", {"cpu": 0})
+    monkeypatch.setattr(stored_attention, "_SCORES", {"cpu": 2**16})
+    query, parts, seen = operands((format, format), tokens, used=4096)
+    largest = Largest()
+    with largest:
+        stored_attention._attend(query, parts[0], format, parts[1], format, seen, 4096, 0.3, False)
+    whole = 2 * 2 * 4096 * 64 * 4
+    assert largest.nbytes <= whole / 4  # indices of a codebook's block are the largest
 
 
 def test_the_operators_are_what_torch_expects_of_one():
