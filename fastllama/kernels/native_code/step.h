@@ -11,7 +11,7 @@
 #include <omp.h>
 
 #include "quantise.h"
-#include "rows.h"
+#include "small_rows.h"
 
 namespace {
 
