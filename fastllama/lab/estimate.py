@@ -50,11 +50,13 @@ def seconds(point: Point, rates: Rates) -> float:
     itemsize, work = point.torch_dtype.itemsize, point.workload
     parameters = found.parameter_count
     load_s = parameters * itemsize / _LOAD_BYTES_PER_S
-    row_bytes = checkpoint.position_bytes(found.config, itemsize) * (work.prompt_length + work.new_tokens / 2)
     # A product takes two operations for each of its weights and rows.
     row_s = 2 * parameters / rates.flop_per_s[point.dtype]
     total = load_s
     for name in point.contestants:
+        formats = point.cache_formats if name == "ours" else (None, None)
+        position = checkpoint.position_bytes(found.config, itemsize, *formats)
+        row_bytes = position * (work.prompt_length + work.new_tokens / 2)
         overhead_s = found.config.num_hidden_layers * _LAYER_S[name]
         first_s = work.batch_size * work.prompt_length * row_s + overhead_s
         weights = point.weights if name == "ours" else None

@@ -6,24 +6,24 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from fastllama.cache.budget import CacheShape
 from fastllama.cache.float_cache import FloatCache
+from fastllama.cache.small_cache import SmallCache
 from fastllama.kernels import native
 from fastllama.kernels.attention import NATIVE_HEAD_DIMS
 from fastllama.kernels.linear import NATIVE_ROWS
 from fastllama.kernels.small_product import TILE, Small, native_obstacle
+from fastllama.kernels.stored import FLOATS
 from fastllama.model.rotary import RotaryTable, is_stateful
 from fastllama.model.small_linear import SmallEmbedding, SmallHead, SmallLinear, held_format
 from fastllama.model.sources import all_modules, is_plain
 from fastllama.model.table import SmallTable
 from fastllama.model.weights import Weights
 
-FORMAT_OF = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-
 
 def obstacle(model: nn.Module, shape: CacheShape) -> str | None:
     """Why this model's step, on a cache of this shape, cannot be one C++ call; None when it can."""
     if shape.device.type != "cpu":
         return "the model is not on a CPU"
-    if shape.dtype not in FORMAT_OF:
+    if shape.dtype not in FLOATS.values():
         return f"the model is in {shape.dtype}"
     if shape.batch_size > NATIVE_ROWS:
         return f"{shape.batch_size} rows are more than the {NATIVE_ROWS} it is for"
@@ -64,10 +64,17 @@ def _shape(product) -> tuple[int, int]:
     return tuple(product.weight.shape)
 
 
+def _layers(cache: FloatCache | SmallCache) -> tuple[list, list]:
+    """The parts of each layer's keys, and of its values."""
+    if isinstance(cache, SmallCache):
+        return tuple([list(parts) for parts in side.layers] for side in (cache.keys, cache.values))
+    return [[keys] for keys in cache.keys], [[values] for values in cache.values]
+
+
 class NativeStep:
     """Appends ids [B, Q] to the cache it was made with; returns logits [B, Q, V]."""
 
-    def __init__(self, weights: Weights, cache: FloatCache, rotary: RotaryTable):
+    def __init__(self, weights: Weights, cache: FloatCache | SmallCache, rotary: RotaryTable):
         products = _products(weights)
         norms = [norm for block in weights.blocks for norm in (block.input_norm, block.post_norm)] + [weights.norm]
         self._step = torch.classes.fastllama_native.Step(
@@ -77,9 +84,8 @@ class NativeStep:
             [_shape(product)[0] for product in products],
             [_shape(product)[1] for product in products],
             [norm.weight for norm in norms],
-            [[keys] for keys in cache.keys],
-            [[values] for values in cache.values],
-            [FORMAT_OF[cache.shape.dtype]] * 2,
+            *_layers(cache),
+            list(cache.shape.formats),
             cache.mask_B11S,
             cache.valid_past_index,
             rotary.cos_SD.contiguous(),
