@@ -55,8 +55,8 @@ def _our_logits(model, window: Window, step_tokens: int) -> torch.Tensor:
     """A prefill up to the first token that is predicted, then steps: both read and write the cache."""
     ids_1T = window.ids[None].to(model.device)
     parts = [model.prefill(ids_1T[:, : window.first])]
-    for ids_1Q in ids_1T[:, window.first : -1].split(step_tokens, dim=1):
-        parts.append(model.step(ids_1Q)[0])
+    for start in range(window.first, len(window.ids) - 1, step_tokens):
+        parts.append(model.step(ids_1T[:, start : min(start + step_tokens, len(window.ids) - 1)])[0])
     return torch.cat(parts)
 
 

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 
 from fastllama.lab import fields
 
+_MOST_SURPRISE = 690.0  # e to this is near the largest number of a record
+
 
 @dataclass(frozen=True)
 class Score:
@@ -50,16 +52,26 @@ def compare_logits(subject_TV: torch.Tensor, reference_TV: torch.Tensor, targets
 
 
 def summarise(parts: list[Compared]) -> Score:
-    """The score over all positions of the parts. The 99th percentile is interpolated, as numpy's is by default."""
+    """The score over all positions of the parts. The 99th percentile is interpolated, as numpy's is by default.
+
+    Raises `ValueError` for a perplexity that no number holds.
+    """
     whole = Compared(*(torch.cat(figures).double() for figures in zip(*parts, strict=True)))
     return Score(
-        perplexity=math.exp(whole.surprise_T.mean().item()),
-        reference_perplexity=math.exp(whole.reference_surprise_T.mean().item()),
+        perplexity=_perplexity_of(whole.surprise_T),
+        reference_perplexity=_perplexity_of(whole.reference_surprise_T),
         mean_kl=whole.kl_T.mean().item(),
         p99_kl=whole.kl_T.quantile(0.99).item(),
         top1_agreement=whole.same_T.mean().item(),
         positions=len(whole.kl_T),
     )
+
+
+def _perplexity_of(surprise_T: torch.Tensor) -> float:
+    mean = surprise_T.mean().item()
+    if not mean < _MOST_SURPRISE:
+        raise ValueError(f"the text's tokens surprise by {mean:.3g} nats on average, which no perplexity can express")
+    return math.exp(mean)
 
 
 def _perplexity(value) -> bool:
