@@ -80,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--prefill-chunk", type=_size, help="prompt tokens per prefill pass")
     what.add_argument("--fuse", help="which products that share an input run as one: all, qkv or no")
     what.add_argument("--weights", help="hold the weights in fewer bits: int8, int4, int4-g32 to int4-g256 or float8")
-    what.add_argument("--cache-k", "-ctk", help="how keys are stored: f32 f16 bf16 int8 q8_0 q4_0 q4_1 q5_0 q5_1 iq4_nl")
+    what.add_argument(
+        "--cache-k", "-ctk", help="how keys are stored: f32 f16 bf16 int8 q8_0 q4_0 q4_1 q5_0 q5_1 iq4_nl"
+    )
     what.add_argument("--cache-v", "-ctv", help="how values are stored: the same")
     sizes = parser.add_argument_group("sizes (comma lists make a product)")
     sizes.add_argument("--batch-size", type=_sizes, help=f"rows ({BATCH_SIZES})")

@@ -2,6 +2,7 @@
 
 import functools
 from contextvars import ContextVar
+from dataclasses import replace
 
 import torch
 import transformers
@@ -12,6 +13,7 @@ from fastllama.decode.loop import sample_loop
 from fastllama.decode.prompt import unpad
 from fastllama.decode.support import call_obstacle, model_obstacle
 from fastllama.model.config import FastConfig
+from fastllama.model.small_loading import known_to_transformers, quantised_by
 
 logger = logging.get_logger("fastllama")
 # Whether the generate call in progress, in this thread, was handed past_key_values.
@@ -41,6 +43,24 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         self._engine = Engine()
         self._path = "no call yet"
 
+    @classmethod
+    @functools.wraps(transformers.LlamaForCausalLM.from_pretrained.__func__)
+    def from_pretrained(cls, *args, fast: FastConfig | None = None, **kwargs):
+        """The parent's; `fast` is how the model generates where `preallocate` is not told otherwise.
+
+        `fast.weights` quantises the weights while they are loaded, one tensor at a time. Raises `ValueError` for
+        weights that cannot be held so.
+        """
+        if fast is not None and not isinstance(fast, FastConfig):
+            raise ValueError(f"fast={fast!r} is not allowed; allowed: None or a FastConfig")
+        weights = None if fast is None else fast.weights
+        with known_to_transformers(weights):
+            result = super().from_pretrained(*args, **quantised_by(weights, kwargs))
+        model = result[0] if isinstance(result, tuple) else result
+        model._engine.default = fast
+        model._engine.free()
+        return result
+
     # reservation
 
     @_on_ordinary_tensors
@@ -50,8 +70,9 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         """Reserves, compiles and warms up now; returns the bytes that the reservation takes.
 
         `cache_length` counts prompt and new tokens of a row (default: max_position_embeddings). `switches` are fields
-        of `FastConfig`, for `config` left out. Raises `ValueError` for a value that is not allowed or a model that
-        the fast path cannot run, `MemoryError` for what does not fit, and keeps the earlier reservation then.
+        of `FastConfig`, for `config` left out; the others are as `from_pretrained` was told. Raises `ValueError` for a
+        value that is not allowed or a model that the fast path cannot run, `MemoryError` for what does not fit, and
+        keeps the earlier reservation then.
         """
         if config is not None and switches:
             raise ValueError("pass either config or single switches to preallocate, not both")
@@ -59,7 +80,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         if unknown:
             allowed = ", ".join(FastConfig.__dataclass_fields__)
             raise ValueError(f"preallocate has no switch {unknown[0]!r}; allowed: {allowed}")
-        config = FastConfig(**switches) if config is None else config
+        config = replace(self._engine.default or FastConfig(), **switches) if config is None else config
         obstacle = model_obstacle(self)
         if obstacle is not None:
             raise ValueError(f"preallocate cannot be honoured: {obstacle}")

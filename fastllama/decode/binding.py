@@ -4,17 +4,32 @@ from collections.abc import Callable
 
 from torch import nn
 
+from fastllama.kernels.small_weights import canonical
 from fastllama.kernels.tune import Chooser
 from fastllama.model.config import FastConfig
 from fastllama.model.released import Packing
-from fastllama.model.sources import Sources
+from fastllama.model.small_linear import held_format, is_small, small_tensors
+from fastllama.model.sources import Sources, all_modules
 from fastllama.model.weights import Weights, gather
 
 
 def chooser(model: nn.Module, config: FastConfig, rows: int, nbytes: int = 0) -> Chooser:
     """Who picks each product's formulation. Raises `ValueError` where the one asked for does not exist."""
     wanted = "native" if config.compile == "native" else config.products
-    return Chooser(wanted, rows, nbytes, model.model.norm.weight)
+    choose = Chooser(wanted, rows, nbytes, model.model.norm.weight)
+    for format in {module.format for module in all_modules(model) if is_small(module)}:
+        choose.small(format)
+    return choose
+
+
+def require_weights(model: nn.Module, weights: str | None) -> None:
+    """Raises `ValueError` where the model's weights are not held as `weights`, a name of `WEIGHTS`, says."""
+    held = held_format(model)
+    if weights is not None and canonical(weights) != held:
+        raise ValueError(
+            f"weights={weights!r} cannot be honoured: the model holds its weights as {held or 'floats'}, and they are "
+            f"quantised while loading: LlamaForCausalLM.from_pretrained(..., fast=FastConfig(weights={weights!r}))"
+        )
 
 
 class Binding:
@@ -38,7 +53,8 @@ class Binding:
     def read(self, model: nn.Module, config: FastConfig, rows: int) -> None:
         """Reads the weights anew, for steps of `rows` rows."""
         self.forget()  # never hold the old and the new at once
-        nbytes = sum({p.data_ptr(): p.nbytes for p in model.parameters()}.values())
+        tensors = (*model.parameters(), *small_tensors(model))
+        nbytes = sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
         choose = chooser(model, config, rows, nbytes)
         packing = Packing(self.in_use)
         try:

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastllama.cache.budget import CacheShape, require
 from fastllama.cache.float_cache import FloatCache
-from fastllama.decode.binding import Binding, chooser
+from fastllama.decode.binding import Binding, chooser, require_weights
 from fastllama.decode.prompt import Prompt
 from fastllama.decode.reservation import bytes_for, implicit_length, require_fit, same_but_longer, shape_for
 from fastllama.model.capture import CapturedStep
@@ -19,6 +19,7 @@ from fastllama.model.config import FastConfig
 from fastllama.model.forward import prefill_chunk, step
 from fastllama.model.native_step import NativeStep, obstacle
 from fastllama.model.rotary import RotaryTable
+from fastllama.model.small_linear import small_tensors
 from fastllama.model.weights import Weights
 
 # A reservation on first use takes no time for compiling or measuring, and leaves the weights where they are.
@@ -28,9 +29,10 @@ _IMPLICIT = FastConfig(products="stock")
 class Engine:
     """State of the fast path. It belongs to one model and is neither copied nor pickled with it."""
 
-    def __init__(self):
+    def __init__(self, default: FastConfig | None = None):
         self.lock = threading.Lock()
-        self.config = _IMPLICIT
+        self.default = default  # what from_pretrained was told
+        self.config = default or _IMPLICIT
         self.explicit = False
         self.cache: FloatCache | None = None
         self.binding = Binding(in_use=self.lock.locked)
@@ -45,10 +47,10 @@ class Engine:
         self._used = 0  # positions in use by the longest row, known without asking the device
 
     def __deepcopy__(self, memo) -> "Engine":
-        return Engine()
+        return Engine(self.default)
 
     def __reduce__(self):
-        return Engine, ()
+        return Engine, (self.default,)
 
     @property
     def weights(self) -> Weights | None:
@@ -66,6 +68,7 @@ class Engine:
         reason = obstacle(model, shape) if config.compile == "native" else None
         if reason is not None:
             raise ValueError(f"compile='native' cannot be honoured: {reason}")
+        require_weights(model, config.weights)
         chooser(model, config, batch_size)  # may refuse
         self.free()
         try:
@@ -127,7 +130,7 @@ class Engine:
         self.forget_weights()
         self.cache = self._step = self._native = self._buckets = self._addresses = None
         self.explicit = False
-        self.config = _IMPLICIT
+        self.config = self.default or _IMPLICIT
 
     def forget_weights(self) -> None:
         """Lets go of weights and tables that a move, a cast or a loaded state dict is about to replace."""
@@ -154,7 +157,7 @@ class Engine:
     def _watch_addresses(self, model: nn.Module) -> None:
         """Drops captured graphs when any parameter has moved since they were captured."""
         if isinstance(self._step, CapturedStep):
-            addresses = tuple(parameter.data_ptr() for parameter in model.parameters())
+            addresses = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *small_tensors(model)))
             if self._addresses not in (None, addresses):
                 self._step.reset()
             self._addresses = addresses

@@ -55,12 +55,17 @@ def load() -> str | None:
     except Exception as fault:  # whatever a compiler can do wrong
         words = str(fault).strip().splitlines() or [type(fault).__name__]
         return f"it was not built: {words[0]}"
-    torch.library.register_fake("fastllama_native::linear_rows", _shape)
+    torch.library.register_fake("fastllama_native::linear_rows", _rows_shape)
+    torch.library.register_fake("fastllama_native::linear_small", _small_shape)
     return None
 
 
-def _shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _rows_shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _small_shape(x, quants, scales, bias, bits: int, out_features: int) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
 
 
 def _build(name: str, folder: Path, library: Path) -> None:

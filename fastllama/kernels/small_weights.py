@@ -24,3 +24,13 @@ WEIGHTS = {
         WeightFormat("float8", 8, None),
     )
 }
+
+
+def canonical(name: str) -> str:
+    """The name with its group spelt out: `int4` is `int4-g32`."""
+    return f"int4-g{WEIGHTS[name].group}" if WEIGHTS[name].bits == 4 else name
+
+
+def head_format(name: str) -> str:
+    """The format of the output matrix, whose loss is felt most: int8 beside int4."""
+    return name if name == "float8" else INT8.name

@@ -15,6 +15,7 @@ import torch
 from fastllama.kernels import native
 from fastllama.kernels.attention import NATIVE_HEAD_DIMS, attend_causal, attend_prompt
 from fastllama.kernels.linear import NATIVE_DTYPES, NATIVE_ROWS, Native, Packed, Stock, can_pack, hold, let_go, pack
+from fastllama.kernels.small_product import native_obstacle
 
 PRODUCTS = ("auto", "stock", "native", "packed")
 _PASSES = 5
@@ -33,6 +34,7 @@ class Chooser:
 
     def __init__(self, wanted: str, rows: int, model_bytes: int, weight: torch.Tensor):
         self.wanted, self.rows, self.model_bytes, self.dtype = wanted, rows, model_bytes, weight.dtype
+        self.device = weight.device
         on_cpu = weight.device.type == "cpu"
         self.native = on_cpu and wanted in ("auto", "native", "packed") and native.load() is None
         if wanted == "native" and not self.native:
@@ -58,6 +60,15 @@ class Chooser:
             fallback = candidates[1] if self.wanted == "packed" and "native" in candidates else "stock"
             return self.wanted if self.wanted in candidates else fallback
         return candidates[0] if len(candidates) == 1 else self._fastest(weight, candidates)
+
+    def small(self, format: str) -> str:
+        """How a weight in few bits is multiplied: "native", or "expanded" to floats for torch's product."""
+        if self.wanted == "packed":
+            raise ValueError(f"products='packed' cannot be honoured: weights in {format} have no packed form")
+        why = native_obstacle(format, self.device)
+        if self.wanted == "native" and why is not None:
+            raise ValueError(f"products='native' cannot be honoured: {why}")
+        return "expanded" if self.wanted == "stock" or why is not None or self.rows > NATIVE_ROWS else "native"
 
     def attention(self, heads: int, kv_heads: int, dim: int) -> str:
         """Which attention a prompt takes: "stock", which is torch's own, or "native"."""

@@ -9,6 +9,7 @@ import torch
 from fastllama.kernels import native
 from fastllama.lab.checkpoint import position_bytes
 from fastllama.lab.contestant import synchronize
+from fastllama.model.small_linear import small_tensors
 
 _BYTES = 512 * 2**20
 _COLUMNS = 4096
@@ -66,12 +67,12 @@ class Ceiling:
 def step_bytes(model: torch.nn.Module, lengths: list[int], new_tokens: int) -> int:
     """Bytes that one decode step in mid-generation must read.
 
-    Every parameter once, but the input embedding only where the output uses the same matrix; and each row's
+    Every weight once, as it is held, but the input embedding only where the output uses the same matrix; and each row's
     keys and values: its prompt (`lengths`, real tokens) and half of the new tokens.
     """
-    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in model.parameters()}
+    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *small_tensors(model))}
     embedding = model.get_input_embeddings().weight
     if embedding.data_ptr() != model.get_output_embeddings().weight.data_ptr():
         del tensors[embedding.data_ptr()]
     positions = sum(lengths) + len(lengths) * new_tokens // 2
-    return sum(tensors.values()) + position_bytes(model.config, embedding.dtype.itemsize) * positions
+    return sum(tensors.values()) + position_bytes(model.config, model.dtype.itemsize) * positions

@@ -16,6 +16,7 @@ from fastllama.demo.shapes import SHAPES
 from fastllama.lab.environment import has_bf16_products
 from fastllama.lab.fault import explained, sentence
 from fastllama.lab.point import Point
+from fastllama.model.small_loading import METHOD, small_bytes
 
 # Above this many parameters a CPU that multiplies bf16 is better off with half the bytes.
 _HALF_ABOVE = 500_000_000
@@ -33,8 +34,19 @@ class Checkpoint:
     @property
     def parameter_count(self) -> int:
         """Parameters, each tied one counted once."""
+        return sum(parameter.numel() for parameter in self._outline().parameters())
+
+    def weight_bytes(self, itemsize: int, weights: str | None) -> int:
+        """Bytes of the weights, each tied one counted once: in `weights`, a name of `WEIGHTS`, or as floats."""
+        model = self._outline()
+        if weights is None:
+            return sum(parameter.numel() for parameter in model.parameters()) * itemsize
+        small = {id(matrix.weight): nbytes for matrix, nbytes in small_bytes(model, weights)}
+        return sum(small.get(id(parameter), parameter.numel() * itemsize) for parameter in model.parameters())
+
+    def _outline(self) -> VanillaLlama:
         with torch.device("meta"):
-            return sum(parameter.numel() for parameter in VanillaLlama(self.config).parameters())
+            return VanillaLlama(self.config)
 
 
 def find(name: str, dtype: torch.dtype) -> Checkpoint:
@@ -66,6 +78,13 @@ def _read(name: str, place: str) -> Checkpoint:
         raise OSError(f"cannot load {name}: {sentence(fault)}") from fault
     if config.model_type != "llama":
         raise ValueError(f"{name} is a {config.model_type} checkpoint, and only Llama runs here")
+    quantised = getattr(config, "quantization_config", None) or {}
+    if quantised.get("quant_method") == METHOD:
+        held = quantised.get("weights")
+        raise ValueError(
+            f"{name} holds its weights as {held}, which transformers' own model cannot load to be compared with: give "
+            f"the float checkpoint and --weights {held}"
+        )
     return Checkpoint(name, place, config)
 
 
@@ -101,7 +120,9 @@ def auto_dtype(name: str, device: str) -> str:
 def require_room(checkpoint: Checkpoint, point: Point) -> None:
     """Raises `MemoryError` before any work if the weights and one cache cannot fit."""
     device, itemsize = torch.device(point.device), point.torch_dtype.itemsize
-    weights = checkpoint.parameter_count * itemsize
+    weights = checkpoint.weight_bytes(itemsize, None)
+    if point.weights is not None:  # transformers' own model has floats of its own beside them
+        weights += checkpoint.weight_bytes(itemsize, point.weights)
     cache = position_bytes(checkpoint.config, itemsize) * point.workload.batch_size * point.positions
     free = available_bytes(device)
     if weights + cache > free:
@@ -117,16 +138,16 @@ def position_bytes(config: LlamaConfig, itemsize: int) -> int:
     return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * itemsize
 
 
-def load(checkpoint: Checkpoint, cls, dtype: torch.dtype, device: torch.device):
-    """(model in eval mode, seconds) of cls.from_pretrained.
+def load(checkpoint: Checkpoint, cls, dtype: torch.dtype, device: torch.device, **arguments):
+    """(model in eval mode, seconds) of cls.from_pretrained, which is given the `arguments` too.
 
     Raises `ValueError` for corrupt or missing weights, `MemoryError` when they do not fit.
     """
-    place = {} if device.type == "cpu" else {"device_map": {"": device}}
+    arguments |= {} if device.type == "cpu" else {"device_map": {"": device}}
     start = time.perf_counter()
     try:
         with explained(checkpoint.name):
-            model, notes = cls.from_pretrained(checkpoint.place, dtype=dtype, output_loading_info=True, **place)
+            model, notes = cls.from_pretrained(checkpoint.place, dtype=dtype, output_loading_info=True, **arguments)
     except OSError as fault:
         raise OSError(f"cannot load {checkpoint.name}: {sentence(fault)}") from fault
     seconds = time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""Contestants: models that generate on the same workload, sharing one copy of the weights.
+"""Contestants: models that generate on the same workload, sharing one copy of the weights where both hold floats.
 
 B batch, P prompt tokens, N new tokens
 """
@@ -128,7 +128,8 @@ def _preallocate(model, point: Point) -> tuple[float, int]:
 def load_alone(point: Point, found: Checkpoint, name: str, pad: int) -> Contestant:
     """One contestant by itself, as its user would load it: compiled and preallocated as the point says."""
     cls = fastllama.LlamaForCausalLM if name == "ours" else vanilla.LlamaForCausalLM
-    model, seconds = checkpoint.load(found, cls, point.torch_dtype, torch.device(point.device))
+    fast = {"fast": point.config} if name == "ours" and point.weights is not None else {}
+    model, seconds = checkpoint.load(found, cls, point.torch_dtype, torch.device(point.device), **fast)
     vanilla.plain_greedy(model, pad)
     contestant = Contestant(name, model, seconds, sampler=point.workload.sampler, seed=point.workload.seed)
     if name == "ours":
@@ -140,10 +141,16 @@ def load_alone(point: Point, found: Checkpoint, name: str, pad: int) -> Contesta
 
 
 def load_all(point: Point, found: Checkpoint, pad: int) -> list[Contestant]:
-    """The point's contestants, the subject first; those after it share its weights and load nothing."""
+    """The point's contestants, the subject first; those after it share its weights and load nothing.
+
+    Weights in few bits cannot be shared: the others load their floats then.
+    """
     subject = load_alone(point, found, point.contestants[0], pad)
     others = []
     for name in point.contestants[1:]:
+        if point.weights is not None:
+            others.append(load_alone(point, found, name, pad))
+            continue
         model = vanilla.share(subject.model, found.config)
         model.generation_config = subject.model.generation_config
         others.append(Contestant(name, model, sampler=subject.sampler, seed=subject.seed))

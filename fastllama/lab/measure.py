@@ -147,7 +147,9 @@ def _record(point: Point, contestants, prompt: Prompt, tokenizer, recompiles: in
         baseline = {**_figures(point, reference), "hash": reference_hash}
     against = baseline or ours
     steps_per_s = ours["row_tok_per_s"]
-    step = step_bytes(reference.model, prompt.lengths, point.workload.new_tokens)
+    # Asking ours would unpack what it has packed; what shares its weights reads as many bytes.
+    read_by = reference if point.weights is None else subject
+    step = step_bytes(read_by.model, prompt.lengths, point.workload.new_tokens)
     read = None if steps_per_s is None else step * steps_per_s / 1e9
     return {
         "schema": SCHEMA,

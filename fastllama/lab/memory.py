@@ -24,6 +24,7 @@ from fastllama.lab import checkpoint, contestant, workload
 from fastllama.lab.fault import sentence
 from fastllama.lab.point import Point
 from fastllama.model.released import is_released
+from fastllama.model.small_linear import small_tensors
 
 _POLL_S = 0.002
 _FAULTS = {cls.__name__: cls for cls in (ValueError, OSError, MemoryError, RuntimeError)}
@@ -120,8 +121,9 @@ def mapped_bytes(model: torch.nn.Module) -> int | None:
     # Packed weights lie in no file; to ask for one would unpack them all.
     modules = [module for module in model.modules() if not is_released(module)]
     parameters = [tensor for module in modules for tensor in module.parameters(recurse=False)]
-    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in parameters if tensor.device.type == "cpu"}
-    return sum(nbytes for at, nbytes in tensors.items() if any(start <= at < end for start, end in ranges))
+    tensors = (*parameters, *small_tensors(model))
+    sizes = {tensor.data_ptr(): tensor.nbytes for tensor in tensors if tensor.device.type == "cpu"}
+    return sum(nbytes for at, nbytes in sizes.items() if any(start <= at < end for start, end in ranges))
 
 
 def _allocator_mb(device: torch.device) -> tuple[float | None, float | None]:

@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaConfig
 
 from fastllama.cache.budget import CacheShape, available_bytes
+from fastllama.kernels.small_product import EXPANDED_NUMBERS
 from fastllama.lab import checkpoint, memory
 from fastllama.lab.point import Point
 
@@ -67,15 +68,15 @@ def _base() -> int:
 
 
 @cache
-def _sizes(model: str, dtype: torch.dtype) -> tuple[LlamaConfig, int]:
-    """(configuration, parameters)"""
+def _sizes(model: str, dtype: torch.dtype, weights: str | None) -> tuple[LlamaConfig, int]:
+    """(configuration, bytes of the weights)"""
     found = checkpoint.outline(model, dtype)
-    return found.config, found.parameter_count
+    return found.config, found.weight_bytes(dtype.itemsize, weights)
 
 
 def predict(point: Point, name: str) -> Peak:
     """The peak of contestant `name`. Nothing is loaded or built; raises as `checkpoint.outline` does."""
-    config, parameters = _sizes(point.model, point.torch_dtype)
+    config, weights = _sizes(point.model, point.torch_dtype, point.weights if name == "ours" else None)
     on_cpu, itemsize = torch.device(point.device).type == "cpu", point.torch_dtype.itemsize
     base, heap = (_base(), _HEAP) if on_cpu else (0, 1)
     work = point.workload
@@ -95,7 +96,9 @@ def predict(point: Point, name: str) -> Peak:
         attention = chunk * (2 * hidden + (queries + 2 * keys) + 4 * (queries + keys))  # at the rotation
         mlp = chunk * 2 * hidden + rows * (3 * inner + 2 * hidden)
         held = heap * max(attention, mlp) * itemsize + logits
-        return Peak(base, parameters * itemsize, shape.nbytes, held)
+        if point.weights is not None:  # a prompt's products expand a block of a weight at a time
+            held += EXPANDED_NUMBERS * (4 + 4 + itemsize)
+        return Peak(base, weights, shape.nbytes, held)
     attention = tokens * (2 * hidden + 6 * queries)
     mlp = tokens * (2 * hidden + 3 * inner)
     held = heap * max(attention, mlp) * itemsize + logits
@@ -103,13 +106,15 @@ def predict(point: Point, name: str) -> Peak:
         held += work.batch_size * work.prompt_length**2 * (1 + itemsize)
     # The last layer's keys and values are held twice while a token is added to them.
     cache_bytes = position * work.batch_size * work.total_length * (1 + 1 / config.num_hidden_layers)
-    return Peak(base, parameters * itemsize, int(cache_bytes), held)
+    return Peak(base, weights, int(cache_bytes), held)
 
 
 def fit(point: Point) -> Fit:
-    """Whether a point can be measured now: its contestants together on one copy of the weights, or each by itself."""
+    """Whether a point can be measured now: its contestants together, on one copy of the weights where both hold floats,
+    or each by itself."""
     peaks = [predict(point, name) for name in point.contestants]
-    together = peaks[0].weights + sum(peak.cache for peak in peaks) + max(peak.work for peak in peaks)
+    weights = peaks[0].weights if point.weights is None else sum(peak.weights for peak in peaks)
+    together = weights + sum(peak.cache for peak in peaks) + max(peak.work for peak in peaks)
     # The contestants are gone when each is measured in a process of its own.
     alone = max(peak.nbytes for peak in peaks)
     return Fit(point, max(together, alone), available_bytes(torch.device(point.device)))

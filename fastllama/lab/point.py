@@ -69,6 +69,11 @@ class Point:
         return self._config()
 
     @property
+    def weights(self) -> str | None:
+        """The few bits in which ours holds its weights; None for floats."""
+        return self.config.weights if self.preallocate else None
+
+    @property
     def compile(self) -> str:
         """What is compiled; "fullgraph" is another word for "static"."""
         mode = self.config.compile if self.preallocate else self.switches.get("compile", "no")

@@ -9,9 +9,11 @@ from fastllama.cache.float_cache import FloatCache
 from fastllama.kernels import native
 from fastllama.kernels.attention import NATIVE_HEAD_DIMS
 from fastllama.kernels.linear import NATIVE_ROWS
+from fastllama.kernels.small_product import TILE, Small, native_obstacle
 from fastllama.model.rotary import RotaryTable, is_stateful
+from fastllama.model.small_linear import SmallEmbedding, SmallHead, SmallLinear, held_format
 from fastllama.model.sources import all_modules, is_plain
-from fastllama.model.weights import Weights
+from fastllama.model.weights import SmallTable, Weights
 
 
 def obstacle(model: nn.Module, shape: CacheShape) -> str | None:
@@ -27,20 +29,36 @@ def obstacle(model: nn.Module, shape: CacheShape) -> str | None:
     if shape.head_dim not in NATIVE_HEAD_DIMS:
         return f"head_dim is {shape.head_dim} and not one of {', '.join(map(str, NATIVE_HEAD_DIMS))}"
     body, layers = model.model, model.model.layers
+    held = held_format(model)
+    if held is not None and native_obstacle(held, shape.device) is not None:
+        return f"weights are held in {held}: {native_obstacle(held, shape.device)}"
     activations = {layer.mlp.act_fn for layer in layers}
     if not all(type(activation).__name__ in ("SiLU", "SiLUActivation") for activation in activations):
         return "the activation is not silu"
     norms = {body.norm, *(norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm))}
-    kinds = {body.embed_tokens: nn.Embedding} | dict.fromkeys(norms, LlamaRMSNorm)
+    kinds = {body.embed_tokens: (nn.Embedding, SmallEmbedding)} | dict.fromkeys(norms, (LlamaRMSNorm,))
     for module in all_modules(model):
-        if module not in activations and not is_plain(module, kinds.get(module, nn.Linear)):
+        expected = kinds.get(module, (nn.Linear, SmallLinear, SmallHead))
+        if module not in activations and not any(is_plain(module, kind) for kind in expected):
             return f"a {type(module).__name__} of {type(module).__module__.split('.')[0]} takes part"
+        if isinstance(module, SmallLinear) and module.out_features % TILE:
+            return f"{module.out_features} rows of small weights are no whole tiles of {TILE}"
     return native.load()
 
 
 def _products(weights: Weights) -> list:
     blocks = [(block.qkv.joint, block.o, block.gate_up.joint, block.down) for block in weights.blocks]
-    return [*(product for block in blocks for product in block), weights.lm_head]
+    return [*(product for block in blocks for product in block), weights.lm_head, weights.embed]
+
+
+def _matrix(product) -> torch.Tensor:
+    return product.quants if isinstance(product, (Small, SmallTable)) else product.weight
+
+
+def _shape(product) -> tuple[int, int]:
+    if isinstance(product, (Small, SmallTable)):
+        return product.out_features, product.in_features
+    return tuple(product.weight.shape)
 
 
 class NativeStep:
@@ -50,10 +68,12 @@ class NativeStep:
         products = _products(weights)
         norms = [norm for block in weights.blocks for norm in (block.input_norm, block.post_norm)] + [weights.norm]
         self._step = torch.classes.fastllama_native.Step(
-            [product.weight for product in products],
-            [product.bias for product in products],
+            [_matrix(product) for product in products],
+            [getattr(product, "scales", None) for product in products],
+            [getattr(product, "bias", None) for product in products],
+            [_shape(product)[0] for product in products],
+            [_shape(product)[1] for product in products],
             [norm.weight for norm in norms],
-            weights.embed.weight,
             cache.keys,
             cache.values,
             cache.mask_B11S,

@@ -31,8 +31,8 @@ def is_plain(module: nn.Module, cls: type = nn.Linear) -> bool:
 def _addresses(module: nn.Module) -> tuple:
     if is_released(module):
         return ("packed",)
-    parameters = module._parameters.items()
-    return tuple((name, p.data_ptr(), p.dtype) for name, p in parameters if p is not None and not p.is_meta)
+    tensors = (*module._parameters.items(), *module._buffers.items())
+    return tuple((name, t.data_ptr(), t.dtype) for name, t in tensors if t is not None and not t.is_meta)
 
 
 class Sources:

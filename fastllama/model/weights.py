@@ -6,7 +6,7 @@ the checkpoint names stay the parent's, so saving, training and adapters see not
 
 from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +15,24 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from fastllama.kernels.linear import Native, Packed, Stock
 from fastllama.kernels.norm import Norm
+from fastllama.kernels.small_product import TILE, Expanded, Small, dequantise_rows
 from fastllama.model.released import Packing
+from fastllama.model.small_linear import SmallEmbedding, SmallLinear, is_small
 from fastllama.model.sources import is_plain
 
-Product = Stock | Native | Packed
-# Which formulation a weight takes: (weight, whether it may be packed) -> "stock", "native" or "packed".
-Choice = Callable[[torch.Tensor, bool], str]
+Product = Stock | Native | Packed | Small | Expanded
+
+
+class Choice(Protocol):
+    """Which formulation a weight takes."""
+
+    def __call__(self, weight: torch.Tensor, may_pack: bool) -> str:
+        """ "stock", "native" or "packed", for floats."""
+
+    def small(self, format: str) -> str:
+        """ "native" or "expanded", for few bits."""
+
+
 # Which a prompt's attention takes: (query heads, kv heads, head dim) -> "stock" or "native".
 AttentionChoice = Callable[[int, int, int], str]
 
@@ -32,6 +44,20 @@ class Table(NamedTuple):
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         return F.embedding(ids, self.weight)
+
+
+class SmallTable(NamedTuple):
+    """The embedding in few bits: its rows are expanded to the dtype of `like` as they are looked up."""
+
+    quants: torch.Tensor
+    scales: torch.Tensor
+    like: torch.Tensor
+    format: str
+    out_features: int
+    in_features: int
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        return dequantise_rows(self.quants, self.scales, self.format, self.in_features, ids, self.like.dtype)
 
 
 class Fused(NamedTuple):
@@ -68,7 +94,7 @@ class Block(NamedTuple):
 class Weights(NamedTuple):
     """Everything a forward pass reads, and the sizes it needs. `words` names what is fused and how it is multiplied."""
 
-    embed: Table | nn.Module
+    embed: Table | SmallTable | nn.Module
     blocks: tuple[Block, ...]
     norm: Norm | nn.Module
     lm_head: Product | nn.Module
@@ -130,7 +156,20 @@ class _Gatherer:
             return packed
         return (Native if kind == "native" else Stock)(weight, bias)
 
+    def small(self, modules: tuple[nn.Module, ...]) -> Small | Expanded:
+        """The same of modules whose weights are held in few bits, in one format."""
+        first = modules[0]
+        quants = _one_storage([module.weight for module in modules])
+        scales = _one_storage([module.weight_scale for module in modules])
+        bias = None if first.bias is None else _one_storage([module.bias for module in modules])
+        kind = self.choose.small(first.format)
+        self.kinds[f"small {kind}"] += 1
+        rows = sum(module.out_features for module in modules)
+        return (Small if kind == "native" else Expanded)(quants, scales, bias, first.format, rows, first.in_features)
+
     def one(self, module: nn.Module, tied: bool = False) -> Product | nn.Module:
+        if is_small(module) and is_plain(module, type(module)):
+            return self.small((module,))
         if is_plain(module):
             return self.product((module,), tied)
         self.kinds["by module"] += 1
@@ -140,6 +179,8 @@ class _Gatherer:
         plain = all(is_plain(module) for module in modules)
         if fuse and plain and len({(m.weight.dtype, m.weight.device, m.bias is None) for m in modules}) == 1:
             return Fused(self.product(modules), tuple(module.out_features for module in modules))
+        if fuse and _lie_in_tiles(modules):
+            return Fused(self.small(modules), tuple(module.out_features for module in modules))
         return Parallel(tuple(self.one(module) for module in modules))
 
     def words(self, blocks: list[Block]) -> str:
@@ -149,7 +190,27 @@ class _Gatherer:
             if all(isinstance(getattr(block, product), Fused) for block in blocks)
         ]
         kinds = " + ".join(f"{count} {kind}" for kind, count in sorted(self.kinds.items()))
-        return f"{'fused ' + ', '.join(fused) if fused else 'nothing fused'}, products: {kinds}"
+        formats = {block.down.format for block in blocks if isinstance(block.down, (Small, Expanded))}
+        held = "".join(f"weights {format}, " for format in sorted(formats))
+        return f"{held}{'fused ' + ', '.join(fused) if fused else 'nothing fused'}, products: {kinds}"
+
+
+def _lie_in_tiles(modules: tuple[nn.Module, ...]) -> bool:
+    """Whether small weights can follow each other in one storage: whole tiles, in one format."""
+    return (
+        all(type(module) is SmallLinear and is_plain(module, SmallLinear) for module in modules)
+        and all(module.out_features % TILE == 0 for module in modules)
+        and len({(m.format, m.in_features, m.weight.device, m.bias is None) for m in modules}) == 1
+    )
+
+
+def _table(embedding: nn.Module) -> Table | SmallTable | nn.Module:
+    if is_plain(embedding, nn.Embedding):
+        return Table(embedding.weight)
+    if is_plain(embedding, SmallEmbedding):
+        e = embedding
+        return SmallTable(e.weight, e.weight_scale, e.like, e.format, e.rows, e.columns)
+    return embedding
 
 
 def _norm(module: nn.Module) -> Norm | nn.Module:
@@ -178,7 +239,7 @@ def gather(model: nn.Module, fuse: str, choose: Choice, choose_attention: Attent
                 )
             )
         lm_head = gatherer.one(head, tied)
-        embed = Table(embedding.weight) if is_plain(embedding, nn.Embedding) else embedding
+        embed = _table(embedding)
         norm = _norm(model.model.norm)
     attention = model.model.layers[0].self_attn
     opaque = gatherer.kinds["by module"] or isinstance(embed, nn.Module) or isinstance(norm, nn.Module)

@@ -3,6 +3,7 @@
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
+#include "checks.h"
 #include "prompt.h"
 #include "step.h"
 
@@ -11,26 +12,6 @@ namespace {
 template <typename T>
 const T* data(const at::Tensor& tensor) {
   return tensor.const_data_ptr<T>();
-}
-
-template <typename T>
-Matrix<T> matrix(const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
-  TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "the weight must be a contiguous matrix");
-  TORCH_CHECK(!bias || (bias->scalar_type() == weight.scalar_type() && bias->is_contiguous() &&
-                        bias->numel() == weight.size(0)),
-              "the bias does not belong to the weight");
-  return {data<T>(weight), bias ? data<T>(*bias) : nullptr, weight.size(0), weight.size(1)};
-}
-
-// Calls work with a value of the tensor's C++ type.
-template <typename Work>
-void typed(const at::Tensor& tensor, const Work& work) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat: return work(float{});
-    case at::kBFloat16: return work(at::BFloat16{});
-    case at::kHalf: return work(at::Half{});
-    default: TORCH_CHECK(false, "dtype ", tensor.scalar_type(), " is not supported");
-  }
 }
 
 at::Tensor linear_rows(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
@@ -87,32 +68,47 @@ at::Tensor attend_prompt(const at::Tensor& query, const at::Tensor& keys, const 
 // The tensors are held for as long as this lives: their addresses are what the step reads.
 class Step : public torch::CustomClassHolder {
  public:
-  // matrices and biases: qkv, o, gate and up, down of each layer, then the head. norms: input and post of each layer,
-  // then the last. sizes: heads, kv heads, head dim. numbers: attention scale, then each norm's epsilon.
-  Step(std::vector<at::Tensor> matrices, std::vector<std::optional<at::Tensor>> biases, std::vector<at::Tensor> norms,
-       at::Tensor embedding, std::vector<at::Tensor> keys, std::vector<at::Tensor> values, at::Tensor mask,
+  // matrices, scales, biases, rows and columns: qkv, o, gate and up, down of each layer, the head, the embedding. One
+  // without scales is in the model's dtype, the others are quants. norms: input and post of each layer, then the last.
+  // sizes: heads, kv heads, head dim. numbers: attention scale, then each norm's epsilon.
+  Step(std::vector<at::Tensor> matrices, std::vector<std::optional<at::Tensor>> scales,
+       std::vector<std::optional<at::Tensor>> biases, std::vector<int64_t> rows, std::vector<int64_t> columns,
+       std::vector<at::Tensor> norms, std::vector<at::Tensor> keys, std::vector<at::Tensor> values, at::Tensor mask,
        at::Tensor valid_past_index, at::Tensor cos, at::Tensor sin, std::vector<int64_t> sizes,
        std::vector<double> numbers)
-      : matrices_(std::move(matrices)), biases_(std::move(biases)), norms_(std::move(norms)),
-        keys_(std::move(keys)), values_(std::move(values)),
-        others_{embedding, mask, valid_past_index, cos, sin} {
+      : matrices_(std::move(matrices)), scales_(std::move(scales)), biases_(std::move(biases)), norms_(std::move(norms)),
+        keys_(std::move(keys)), values_(std::move(values)), others_{norms_.at(0), mask, valid_past_index, cos, sin} {
     const size_t L = keys_.size();
-    TORCH_CHECK(matrices_.size() == 4 * L + 1 && biases_.size() == matrices_.size() && norms_.size() == 2 * L + 1 &&
+    const size_t W = 4 * L + 2;
+    TORCH_CHECK(matrices_.size() == W && scales_.size() == W && biases_.size() == W && rows.size() == W &&
+                    columns.size() == W && norms_.size() == 2 * L + 1 &&
                     numbers.size() == norms_.size() + 1 && sizes.size() == 3 && values_.size() == L,
                 "Step: the lists do not belong together");
-    for (const auto& tensor : {embedding, mask, cos, sin})
-      TORCH_CHECK(tensor.scalar_type() == embedding.scalar_type() && tensor.is_contiguous(), "Step: a tensor's layout");
+    for (const auto& tensor : {mask, cos, sin})
+      TORCH_CHECK(tensor.scalar_type() == others_[0].scalar_type() && tensor.is_contiguous(), "Step: a tensor's layout");
     const Sizes shape{sizes[0], sizes[1], sizes[2], keys_[0].size(0), keys_[0].size(2), (float)numbers[0]};
     auto build = [&](auto zero, auto& decoder) {
       using T = decltype(zero);
-      auto at = [&](size_t i) { return matrix<T>(matrices_[i], biases_[i]); };
+      auto at = [&](size_t i) {
+        Weight<T> weight;
+        weight.N = rows[i], weight.K = columns[i];
+        if (!scales_[i]) {
+          weight.plain = matrix<T>(matrices_[i], biases_[i]);
+          TORCH_CHECK(weight.plain.N == weight.N && weight.plain.K == weight.K, "Step: a matrix's shape");
+          return weight;
+        }
+        if (biases_[i]) biases_[i] = biases_[i]->to(at::kFloat).contiguous();
+        const int bits = scales_[i]->scalar_type() == at::kFloat ? 8 : 4;
+        weight.small = small_matrix(matrices_[i], *scales_[i], biases_[i], bits, weight.N, weight.K);
+        return weight;
+      };
       decoder.sizes = shape;
       for (size_t l = 0; l < L; ++l)
         decoder.layers.push_back({at(4 * l), at(4 * l + 1), at(4 * l + 2), at(4 * l + 3), data<T>(norms_[2 * l]),
                                   data<T>(norms_[2 * l + 1]), (float)numbers[2 * l + 1], (float)numbers[2 * l + 2],
                                   keys_[l].mutable_data_ptr<T>(), values_[l].mutable_data_ptr<T>()});
       decoder.head = at(4 * L);
-      decoder.embedding = data<T>(others_[0]);
+      decoder.embedding = at(4 * L + 1);
       decoder.norm = data<T>(norms_[2 * L]);
       decoder.eps = (float)numbers[2 * L + 1];
       decoder.mask = others_[1].mutable_data_ptr<T>();
@@ -120,7 +116,7 @@ class Step : public torch::CustomClassHolder {
       decoder.cos = data<T>(others_[3]);
       decoder.sin = data<T>(others_[4]);
     };
-    typed(embedding, [&](auto zero) { build(zero, std::get<Decoder<decltype(zero)>>(decoders_)); });
+    typed(others_[0], [&](auto zero) { build(zero, std::get<Decoder<decltype(zero)>>(decoders_)); });
   }
 
   at::Tensor run(const at::Tensor& ids) {
@@ -131,7 +127,7 @@ class Step : public torch::CustomClassHolder {
       auto& decoder = std::get<Decoder<T>>(decoders_);
       TORCH_CHECK(ids.size(0) == decoder.sizes.batch, "Step: ids have ", ids.size(0), " rows and the cache ",
                   decoder.sizes.batch);
-      const int64_t V = others_[0].size(0), S = decoder.sizes.positions;
+      const int64_t V = decoder.embedding.N, S = decoder.sizes.positions;
       for (int64_t b = 0; b < ids.size(0); ++b) {
         TORCH_CHECK(decoder.valid_past_index[b] + ids.size(1) <= S, "Step: row ", b, " of the cache is full");
         for (int64_t q = 0; q < ids.size(1); ++q) {
@@ -147,7 +143,7 @@ class Step : public torch::CustomClassHolder {
 
  private:
   std::vector<at::Tensor> matrices_;
-  std::vector<std::optional<at::Tensor>> biases_;
+  std::vector<std::optional<at::Tensor>> scales_, biases_;
   std::vector<at::Tensor> norms_, keys_, values_;
   std::vector<at::Tensor> others_;
   std::tuple<Decoder<float>, Decoder<at::BFloat16>, Decoder<at::Half>> decoders_;
@@ -159,8 +155,9 @@ TORCH_LIBRARY(fastllama_native, library) {
   library.def("linear_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   library.def("attend_prompt(Tensor query, Tensor keys, Tensor values, int past, float scale) -> Tensor");
   library.class_<Step>("Step")
-      .def(torch::init<std::vector<at::Tensor>, std::vector<std::optional<at::Tensor>>, std::vector<at::Tensor>,
-                       at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor,
+      .def(torch::init<std::vector<at::Tensor>, std::vector<std::optional<at::Tensor>>,
+                       std::vector<std::optional<at::Tensor>>, std::vector<int64_t>, std::vector<int64_t>,
+                       std::vector<at::Tensor>, std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor,
                        at::Tensor, std::vector<int64_t>, std::vector<double>>())
       .def("run", &Step::run);
 }

@@ -12,7 +12,9 @@
 #endif
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -29,6 +31,7 @@ constexpr int64_t kNear = 32768;          // bytes of x that a block of columns 
 constexpr int kNextCache = 2;
 constexpr int kTile = 4;                  // rows of W in a tile
 constexpr int kWide = 6;                  // rows of x in a tile: 24 sums and 4 weights fit the 32 registers
+constexpr int64_t kWhole = 32;            // columns of x that no block cuts
 constexpr int64_t kChunk = 32;            // rows of W whose sums are kept while the blocks of columns pass
 
 inline float sum(f32x16 v) {
@@ -202,7 +205,7 @@ class Operand {
 
   void shape(int64_t M, int64_t K) {
     rows = M, columns = K;
-    const int64_t step = Lane<T>::kStep, steps = (K + step - 1) / step;
+    const int64_t step = kWhole, steps = (K + step - 1) / step;
     const int64_t blocks = M == 1 ? 1 : std::max<int64_t>(1, (M * K * (int64_t)sizeof(Stored) + kNear - 1) / kNear);
     width = (steps + blocks - 1) / blocks * step;
     stride = width + step;

@@ -11,6 +11,7 @@
 #include <omp.h>
 
 #include "rows.h"
+#include "small.h"
 
 namespace {
 
@@ -21,9 +22,17 @@ struct Sizes {
   float scale;
 };
 
+// A matrix as it lies: in T, or in few bits.
+template <typename T>
+struct Weight {
+  Matrix<T> plain{};
+  SmallMatrix small{};
+  int64_t N = 0, K = 0;
+};
+
 template <typename T>
 struct Layer {
-  Matrix<T> qkv, o, gate_up, down;
+  Weight<T> qkv, o, gate_up, down;
   const T* input_norm;
   const T* post_norm;
   float input_eps, post_eps;
@@ -36,9 +45,9 @@ struct Share {
 };
 
 // Thread t's part of N, in whole tiles.
-inline Share share(int64_t N, int t, int threads) {
-  const int64_t tiles = (N + kTile - 1) / kTile;
-  return {std::min(N, tiles * t / threads * kTile), std::min(N, tiles * (t + 1) / threads * kTile)};
+inline Share share(int64_t N, int t, int threads, int64_t tile = kTile) {
+  const int64_t tiles = (N + tile - 1) / tile;
+  return {std::min(N, tiles * t / threads * tile), std::min(N, tiles * (t + 1) / threads * tile)};
 }
 
 template <typename T>
@@ -46,8 +55,7 @@ class Decoder {
  public:
   Sizes sizes;
   std::vector<Layer<T>> layers;
-  Matrix<T> head;
-  const T* embedding;
+  Weight<T> head, embedding;
   const T* norm;
   float eps;
   const T* cos;  // [S, D]
@@ -64,7 +72,12 @@ class Decoder {
       const int t = omp_get_thread_num(), n = omp_get_num_threads();
 #pragma omp for
       for (int64_t m = 0; m < M; ++m) {
-        const T* row = embedding + ids[m] * E_;
+        if (embedding.small.quants) {
+          expand_row(embedding.small, ids[m], embedded_.data() + m * E_);
+          for (int64_t e = 0; e < E_; ++e) hidden_[m * E_ + e] = float(embedded_[m * E_ + e]);
+          continue;
+        }
+        const T* row = embedding.plain.weight + ids[m] * E_;
         for (int64_t e = 0; e < E_; ++e) hidden_[m * E_ + e] = float(row[e]);
       }
       for (const Layer<T>& layer : layers) {
@@ -94,6 +107,7 @@ class Decoder {
  private:
   int64_t E_ = 0, rows_ = 0, chunks_ = 1;
   std::vector<float> hidden_, qkv_, gate_up_, query_, maximum_, total_, mixed_;
+  std::vector<T> embedded_;
   std::vector<T> query_rounded_;  // the same numbers, for processors that multiply T in pairs
   std::vector<int64_t> seen_;
   Operand<T> x_, attended_, inner_;
@@ -113,6 +127,7 @@ class Decoder {
     if (rows_ == M) return;
     rows_ = M;
     hidden_.resize(M * E_);
+    if (embedding.small.quants) embedded_.resize(M * E_);
     query_.resize(M * sizes.heads * sizes.dim);
     query_rounded_.resize(query_.size());
     seen_.resize(M * sizes.heads);
@@ -124,9 +139,16 @@ class Decoder {
   }
 
   template <typename Emit>
-  static void team(const Operand<T>& x, const Matrix<T>& matrix, int t, int n, const Emit& emit) {
-    const Share part = share(matrix.N, t, n);
-    multiply(x, matrix, part.begin, part.end, emit);
+  static void team(const Operand<T>& x, const Weight<T>& weight, int t, int n, const Emit& emit) {
+    if (!weight.small.quants) {
+      const Share part = share(weight.N, t, n);
+      return multiply(x, weight.plain, part.begin, part.end, emit);
+    }
+    // Each thread for itself: that takes less than waiting for one another would.
+    thread_local Fixed fixed;
+    take_rows(fixed, x);
+    const Share part = share(weight.small.tiles(), t, n, 1);
+    multiply_small(fixed, weight.small, part.begin, part.end, emit);
   }
 
   // x = weight * T(hidden / rms(hidden)); ends with a barrier.

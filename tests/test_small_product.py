@@ -1,0 +1,121 @@
+"""Products with weights of few bits: the C++ beside the specification, which expands them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastllama.kernels import native
+from fastllama.kernels.small_product import Small, dequantise, expanded, quantise
+
+pytestmark = pytest.mark.skipif(native.load() is not None, reason=f"no C++: {native.load()}")
+# x is rounded to 16 bits of a block's largest; y to its own dtype.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 6e-3, torch.float16: 1e-3}
+FORMATS = ("int8", "int4", "int4-g64", "int4-g128")
+
+
+def small(rows: int, columns: int, format: str, bias: torch.Tensor | None = None, seed: int = 0) -> Small:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    return Small(*quantise(weight, format), bias, format, rows, columns)
+
+
+def error(y: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((y.double() - reference).abs().max() / reference.abs().max()).item()
+
+
+def reference(x: torch.Tensor, product: Small) -> torch.Tensor:
+    weight = dequantise(*product[:2], product.format, product.out_features, product.in_features, torch.float32)
+    return F.linear(x.double(), weight.double(), None if product.bias is None else product.bias.double())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("rows_of_x", [1, 2, 7, 8, 9, 16, 17, 40])
+@pytest.mark.parametrize(("rows", "columns"), [(16, 128), (50, 256), (300, 384)])
+def test_it_multiplies_as_the_expanded_weight_does(dtype, format, rows_of_x, rows, columns):
+    generator = torch.Generator().manual_seed(rows_of_x)
+    x = torch.randn(rows_of_x, columns, generator=generator).to(dtype)
+    product = small(rows, columns, format, torch.randn(rows, generator=generator).to(dtype))
+    y = product(x)
+    assert y.dtype == dtype and y.shape == (rows_of_x, rows)
+    assert error(y, reference(x, product)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("columns", [1, 31, 33, 100])
+def test_int8_takes_any_number_of_columns(columns):
+    product, x = small(20, columns, "int8"), torch.randn(2, 3, columns)
+    assert error(product(x), reference(x, product)) < 1e-4
+
+
+@given(exponent=st.integers(-30, 30), places=st.sets(st.integers(0, 127), max_size=4), seed=st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_outliers_cost_their_own_block_alone(exponent, places, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, 128, generator=generator)
+    x[0, list(places)] *= 2.0**exponent
+    product = small(16, 128, "int4", seed=seed)
+    weight = dequantise(*product[:2], "int4", 16, 128, torch.float32).double()
+    # Each number of x is off by half a unit of its block's fixed point at most.
+    unit = x.view(4, 32).abs().amax(-1).double() / 32639
+    bound = (weight.abs().view(16, 4, 32).sum(-1) * unit * 0.51).sum(-1)
+    rounding = (weight.abs() @ x[0].abs().double()) * 1e-6
+    assert ((product(x)[0].double() - x[0].double() @ weight.T).abs() <= bound + rounding).all()
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_stays_visible(format, value):
+    product, x = small(40, 128, format), torch.randn(3, 128)
+    x[1, 70] = value
+    y = product(x)
+    assert not torch.isfinite(y[1]).any()
+    assert torch.equal(y[[0, 2]], product(x[[0, 2]]))
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("scale", [0.0, 1e-45, 1e-40, 1e-36])
+def test_zeros_and_the_smallest_numbers_are_finite(format, scale):
+    product, x = small(40, 128, format), torch.randn(2, 128) * scale
+    assert (product(x).double() - reference(x, product)).abs().max() < 1e-33
+
+
+def test_rows_of_zeros_give_zeros():
+    for format in ("int8", "int4"):
+        weight = torch.randn(32, 64)
+        weight[5] = 0
+        product = Small(*quantise(weight, format), None, format, 32, 64)
+        assert (product(torch.randn(3, 64))[:, 5] == 0).all()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_rows_are_expanded_as_the_specification_says(format, dtype):
+    product = small(50, 256, format)
+    rows = torch.tensor([[3, 49], [0, 17]])
+    bits = 8 if format == "int8" else 4
+    made = torch.ops.fastllama_native.expand_small(*product[:2], bits, 256, rows, dtype)
+    assert torch.equal(made, dequantise(*product[:2], format, 50, 256, dtype)[rows])
+
+
+def test_compiled_it_is_one_operator():
+    product, x = small(48, 64, "int4"), torch.randn(1, 64)
+    assert torch.equal(torch.compile(product.__call__, fullgraph=True)(x), product(x))
+
+
+def test_what_does_not_belong_together_is_refused():
+    quants, scales = quantise(torch.randn(32, 64), "int8")
+    multiply = torch.ops.fastllama_native.linear_small
+    for x, bits, rows in ((torch.randn(1, 128), 8, 32), (torch.randn(1, 64), 4, 32), (torch.randn(1, 64), 8, 64)):
+        with pytest.raises(RuntimeError, match="small weight"):
+            multiply(x, quants, scales, None, bits, rows)
+    with pytest.raises(RuntimeError, match="more than the 16"):
+        multiply(torch.randn(17, 64), quants, scales, None, 8, 32)
+    with pytest.raises(IndexError):
+        torch.ops.fastllama_native.expand_small(quants, scales, 8, 64, torch.tensor([32]), torch.float32)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_without_cpp_the_product_is_the_same(format):
+    product, x = small(50, 256, format), torch.randn(5, 256)
+    assert error(expanded(x, *product), reference(x, product)) < 1e-5
