@@ -196,7 +196,11 @@ def test_the_log_shows_the_score_beside_lossy_rows(tmp_path):
     assert "| lossy |" in row and f"| {WORDS} |" in row and "| quality |" in text
     unscored = lossy_record(3, score=None, not_scored="random weights say nothing about quality")
     assert "| not scored: random weights say nothing about quality |" in changes.render([unscored], tmp_path)
+    for each in (plain, lossy_row):
+        (tmp_path / each["id"]).mkdir()
     assert board.write_all([plain, lossy_row], tmp_path) == 2
+    shown = {path.parent.name[:3]: path.read_bytes() for path in tmp_path.glob("*/events*")}
+    assert b"mean KL 0.012" in shown["002"] and b"mean KL" not in shown["001"]
 
 
 def test_every_format_has_columns_of_the_score():
@@ -243,7 +247,7 @@ def test_a_twin_differs_in_lossy_switches_alone():
     for stranger in strangers:
         assert lossy.float_twin(record, [record, stranger]) is None
     line = lossy.table([record, *strangers]).splitlines()[4]
-    assert line.count(" | - ") >= 4 and "80.00 (" in line
+    assert line.count("| - ") == 4 and "80.00 (" in line
 
 
 def test_the_newest_record_of_each_combination_is_shown():
