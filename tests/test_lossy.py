@@ -129,14 +129,17 @@ def wide(tmp_path_factory):
     return write_tiny(tmp_path_factory.mktemp("models") / "wide", head_dim=32)
 
 
-def test_a_lossy_point_is_scored(wide, light):
+@pytest.mark.parametrize("switches", [{}, {"weights": "int8", "cache_k": None, "cache_v": None}], ids=str)
+def test_a_lossy_point_is_scored(wide, light, switches):
     told = []
-    point = a_point(wide)
+    point = a_point(wide, **switches)
     record = measure.measure(point, told.append)
     schema.check_point(record, "the point")
     assert record["parity"] == "lossy" and len(told) == measure.steps(point) and "scoring" in told
     assert record["not_scored"] is None and record["score"]["positions"] == 4096
     assert record["score"]["mean_kl"] < 0.1 and record["score"]["top1_agreement"] > 0.8
+    # Small weights share nothing with the reference, whose own score would be zero but for rounding.
+    assert not switches or record["score"]["mean_kl"] > 1e-6
 
 
 def test_points_of_a_sweep_share_the_reference(wide, light, monkeypatch):

@@ -21,14 +21,24 @@ WORDS = (
 )
 
 
-def name(line: dict) -> str:
-    """The switches that are not at their default, in one line."""
+def _chosen(line: dict) -> dict[str, str]:
+    """The dtype and the switches that are not at their default, each in words."""
     given = {
-        name: value
+        name: f"{name} {value}"
         for name, value in line["switches"].items()
         if name in OPTIONS and name != "preallocate" and value != line["switch_defaults"].get(name)
     }
-    return ", ".join([line["dtype"], *(f"{name} {value}" for name, value in given.items())])
+    return {"dtype": line["dtype"], **given}
+
+
+def names(lines: list[dict]) -> tuple[list[str], str]:
+    """(what tells each line from the others, what all have in common)."""
+    chosen = [_chosen(line) for line in lines]
+    if len(lines) == 1:
+        return [", ".join(chosen[0].values())], ""
+    common = dict(set.intersection(*(set(each.items()) for each in chosen)))
+    own = [", ".join(words for name, words in each.items() if name not in common) for each in chosen]
+    return [name or "none" for name in own], ", ".join(words for name, words in chosen[0].items() if name in common)
 
 
 def title(line: dict) -> str:
@@ -43,11 +53,11 @@ def title(line: dict) -> str:
     )
 
 
-def _row(line: dict) -> list[str]:
+def _row(line: dict, name: str) -> list[str]:
     found, greedy = line["score"], line["greedy"]
     first = greedy["first_divergence"] or {"position": None, "margin": None}
     return [
-        name(line),
+        name,
         f"{found['perplexity']:.4g}",
         score.change(found),
         score.small(found["mean_kl"]),
@@ -62,14 +72,19 @@ def _row(line: dict) -> list[str]:
 
 def table(lines: list[dict]) -> Group:
     """For a terminal, with the path that each subject took."""
-    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    made.add_column(HEADS[0], overflow="fold", min_width=14)
+    made = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    made.add_column(HEADS[0], overflow="fold", min_width=12)
     for head in _RIGHT:
         made.add_column(_BROKEN.get(head, head.replace(" ", "\n")), justify="right", no_wrap=True)
-    for line in lines:
-        made.add_row(*map(Text, _row(line)))
-    paths = (Text(f"{name(line)}: {line['path']}") for line in lines)
-    return Group(Text(title(lines[0])), made, Text(WORDS), *paths)
+    own, common = names(lines)
+    for line, name in zip(lines, own, strict=True):
+        made.add_row(*map(Text, _row(line, name)))
+    paths = (Text(f"{name}: {line['path']}") for line, name in zip(lines, own, strict=True))
+    return Group(Text(_with(title(lines[0]), common)), made, Text(WORDS), *paths)
+
+
+def _with(words: str, common: str) -> str:
+    return f"{words}; all {common}" if common else words
 
 
 def in_markdown(lines: list[dict]) -> str:
@@ -77,8 +92,9 @@ def in_markdown(lines: list[dict]) -> str:
     groups: dict[str, list[dict]] = {}
     for line in lines:
         groups.setdefault(title(line), []).append(line)
-    parts = [
-        f"{cell(title_)}:\n\n{markdown(list(HEADS), [list(map(cell, _row(line))) for line in group], _RIGHT)}"
-        for title_, group in groups.items()
-    ]
+    parts = []
+    for words, group in groups.items():
+        own, common = names(group)
+        rows = [list(map(cell, _row(line, name))) for line, name in zip(group, own, strict=True)]
+        parts.append(f"{cell(_with(words, common))}:\n\n{markdown(list(HEADS), rows, _RIGHT)}")
     return "\n".join(parts)
