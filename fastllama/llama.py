@@ -132,8 +132,10 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         """Appends tokens [B, Q] to the rows of the last prefill; returns logits [B, Q, V].
 
         The model must be as it was at the prefill. Raises `ValueError` before any prefill, for another number of
-        rows, or when an explicit cache is full.
+        rows, without a token, or when an explicit cache is full.
         """
+        if input_ids.shape[1] == 0:
+            raise ValueError("step() was given no token")
         # One layout for compiled code, whatever the caller sliced it from.
         ids = input_ids.to(self.device, torch.int64, copy=True, memory_format=torch.contiguous_format)
         with self._engine.lock:

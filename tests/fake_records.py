@@ -59,7 +59,8 @@ def current(old: dict) -> dict:
     if made["baseline"] is not None:
         made["baseline"] = {**old["baseline"], "max_reserved_mb": 800.0, "mapped_weights_mb": None}
         made["baseline"]["hash"] = made["reference_hash"]
-    if made["parity"] not in ("exact", "reference") and made["first_divergence"] is None:
+    made["switch_defaults"] |= {name: None for name in ("weights", "cache_k", "cache_v") if name in made["switches"]}
+    if made["hash"] != made["reference_hash"] and made["first_divergence"] is None:
         made["first_divergence"] = {"row": 0, "position": 0, "margin": 1e-5}
     row = made["row_tok_per_s"]
     made["step_bytes"] = 10**8 if row is None else round(old["read_gb_per_s"] * 1e9 / row)
@@ -126,6 +127,22 @@ def fake_record(number: int = 1, what: str = "a change", commit: str = COMMIT, s
         "recorded_at": "2026-01-31T12:00:00+00:00",
         **point(speed, **fields),
     }
+
+
+SCORE = {
+    "perplexity": 41.0,
+    "reference_perplexity": 40.0,
+    "mean_kl": 0.0123,
+    "p99_kl": 0.25,
+    "top1_agreement": 0.9375,
+    "positions": 4096,
+}
+
+
+def lossy_record(number: int = 1, what: str = "fewer bits", switches: dict | None = None, **fields) -> dict:
+    """A record of schema 2 of a point with a lossy switch, int8 weights if no other is named, and its score."""
+    fields = {"parity": "lossy", "reference_hash": "00000000", "score": dict(SCORE), "not_scored": None} | fields
+    return current(fake_record(number, what, switches=switches or {"weights": "int8"}, **fields))
 
 
 def git(root: Path, *arguments: str) -> str:

@@ -198,7 +198,7 @@ def test_the_readme_keeps_its_words_and_renders_twice_the_same(tmp_path):
     once = readme.render(MARKED, records, tmp_path)
     assert readme.render(once, records, tmp_path) == once
     assert once.startswith("# x\n<!-- begin:switches -->\n| switch |") and "\nmiddle\n" in once
-    assert once.endswith("<!-- end:result -->\nend\n") and "old" not in once
+    assert once.endswith("<!-- end:result -->\nend\n") and "-->old" not in once
     result = once[once.index("begin:result") :]
     assert "demo fp32" in result and "random:llama-160m fp32" in result and "Example CPU" in result
     assert "| 2.00 |" in result and "| 3.00 |" in result

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastllama.lab import changes, digest, points_file, record, suite_file
-from tests.fake_records import current, fake_record, point
+from fastllama.lab import changes, digest, points_file, readme, record, suite_file
+from tests.fake_records import current, fake_record, lossy_record, point
 from tests.places import at, places
 
 EXAMPLES = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-OLD, NEW = fake_record(), current(fake_record(parity="tie", reference_hash="00000000"))
+OLD, NEW, LOSSY = fake_record(), current(fake_record(parity="tie", reference_hash="00000000")), lossy_record()
 POINTS = [current(point(batch_size=size, distinct_tokens=size)) for size in (1, 2, 3)]
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just(10**400)
@@ -91,22 +91,24 @@ def dumped(made: dict) -> bytes:
 
 
 @settings(EXAMPLES, max_examples=400)
-@given(content=edited(NEW).map(dumped) | damaged(dumped(NEW)))
-def test_a_record_is_taken_only_as_it_was_written(tmp_path, content):
-    path = placed(tmp_path, NEW, content)
+@given(made=st.sampled_from([NEW, LOSSY]), data=st.data())
+def test_a_record_is_taken_only_as_it_was_written(tmp_path, made, data):
+    content = data.draw(edited(made).map(dumped) | damaged(dumped(made)))
+    path = placed(tmp_path, made, content)
     try:
         read = record.read(path)
     except ValueError as error:
         assert str(path) in str(error)
     else:
-        assert same(read, NEW)
+        assert same(read, made)
 
 
 @settings(EXAMPLES, max_examples=400)
-@given(made=edited(NEW))
-def test_an_edited_record_with_a_digest_of_its_own_is_valid_or_refused(tmp_path, made):
+@given(whole=st.sampled_from([NEW, LOSSY]), data=st.data())
+def test_an_edited_record_with_a_digest_of_its_own_is_valid_or_refused(tmp_path, whole, data):
+    made = data.draw(edited(whole))
     try:
-        path = placed(tmp_path, NEW, dumped(digest.seal(made)))
+        path = placed(tmp_path, whole, dumped(digest.seal(made)))
     except ValueError:
         return  # NaN and infinity have no digest
     try:
@@ -115,10 +117,13 @@ def test_an_edited_record_with_a_digest_of_its_own_is_valid_or_refused(tmp_path,
         assert str(path) in str(error)
     else:
         # What is taken says of itself what its samples say, and is fit to be shown.
-        assert read.keys() == NEW.keys() and read["environment"].keys() == NEW["environment"].keys()
+        assert read.keys() - {"score", "not_scored"} == NEW.keys()
+        assert read["environment"].keys() == NEW["environment"].keys()
+        assert (read["parity"] == "lossy") == ("score" in read or "not_scored" in read)
         tokens = read["batch_size"] * read["new_tokens"]
         assert read["tok_per_s"] == pytest.approx(median(tokens / run["total_s"] for run in read["runs"]))
         changes.render([read], tmp_path).encode()
+        readme.render("<!-- begin:lossy --><!-- end:lossy -->", [read], tmp_path).encode()
 
 
 @settings(EXAMPLES, max_examples=300)

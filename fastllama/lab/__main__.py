@@ -1,4 +1,4 @@
-"""python -m fastllama.lab: render the log, note a prediction, draw, export, and fill TensorBoard."""
+"""python -m fastllama.lab: render the log, note a prediction, score, draw, export, and fill TensorBoard."""
 
 import argparse
 import sys
@@ -9,6 +9,7 @@ from fastllama.lab import (
     changes,
     compare,
     doctor,
+    evaluation,
     export,
     plot,
     readme,
@@ -39,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("board", help="write TensorBoard's event files from the records")
 
     compare.arguments(commands)
+    evaluation.arguments(commands)
 
     plot.arguments(commands)
     return parser
@@ -73,6 +75,8 @@ def _run(arguments) -> int:
         return plot.run(arguments)
     if arguments.command == "compare":
         return compare.run(arguments)
+    if arguments.command == "eval":
+        return evaluation.run(arguments)
     records = record.read_all(arguments.root)
     if arguments.command in ("changes", "readme"):
         return _render(arguments, records)
@@ -90,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments.switches = switches
     try:
         return _run(arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         if arguments.debug:
             raise
         print(f"error: {error}", file=sys.stderr)

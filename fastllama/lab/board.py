@@ -7,7 +7,7 @@ import html
 from datetime import datetime
 from pathlib import Path
 
-from fastllama.lab import columns, events, figures
+from fastllama.lab import columns, events, figures, score
 
 FIGURES = (
     "tok_per_s",
@@ -78,6 +78,7 @@ def _charts_and_texts(record: dict) -> list:
     made += [events.scalar(f"{EVERY}/{name}", found[name]) for name in METRICS if name in found]
     # One entry, since TensorBoard shows twelve of a workload at a time, sorted by name.
     head = f"hash {record['hash']}, parity {record['parity']}, commit {record['commit'][:7]}"
+    head += f"; {quality}" if (quality := score.of_record(record)) else ""
     parts = (head, as_text(record["text_sample"]), as_text(record["what"], "p"), as_text(record["command"], "p"))
     made.append(events.text(tag(record, "text_sample"), "\n\n".join(parts)))
     return made

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fastllama.lab import figures, statistics, words
+from fastllama.lab import figures, score, statistics, words
 from fastllama.lab.sources import ROOT
 
 NAME = "changes.md"
@@ -26,7 +26,11 @@ it again and compares.
   checkpoint's file; accelerator: allocated).
 - *hash*: sha256 over the new ids, 8 digits. *parity*: `exact`, ids equal to vanilla's; `tie`, equal up to a position
   where vanilla's two best logits are closer than 1e-4; `half`, fp16 or bf16, where equality is reported and not
-  promised; `differs`; `reference`, vanilla itself.
+  promised; `lossy`, a switch that stores fewer bits: never called equal, but scored; `differs`; `reference`, vanilla
+  itself.
+- *quality*, of lossy rows: teacher-forced on the start of the demo's held-out text, against vanilla in fp32:
+  perplexity and its change, KL divergence of the reference from ours (nats; mean, and the 99th percentile over the
+  positions), and the share of positions with the same likeliest token.
 - *gain*: of "x vanilla" on the row before; for a further row of one commit (a switch that was tried), on the first
   row of that commit. The machine drifts between rows, and vanilla drifts with it, so the runs' ratios to vanilla are
   compared and not tok/s; the figure is that of their medians. `~`: no difference by the rule below. Each row is a
@@ -168,8 +172,11 @@ _RIGHT = ("tok/s", "decode tok/s", "x vanilla", "of ceiling", "max MB", "gain")
 def _group(rows: list[dict]) -> str:
     lines = [_row(record, compared_with(rows, index)) for index, record in enumerate(rows)]
     heads = _HEADS
+    if any(record["parity"] == "lossy" for record in rows):
+        heads = [*heads, "quality"]
+        lines = [[*line, score.of_record(record) or "-"] for line, record in zip(lines, rows, strict=True)]
     if any(record["prediction"] for record in rows):
-        heads = [*_HEADS, "predicted"]
+        heads = [*heads, "predicted"]
         lines = [[*line, prediction(record)] for line, record in zip(lines, rows, strict=True)]
     text = f"### {cell(figures.workload_name(rows[0]))}\n\n"
     if rows[0]["model"].startswith("random:"):

@@ -37,6 +37,7 @@ class Contestant:
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)  # by hash, in the order they appeared
     sampler: Sampler = field(default_factory=Sampler)
     seed: int = 0
+    reserved_bytes: int | None = None  # what `preallocate` took
     _path: str | None = None
 
     def generate(self, prompt: Prompt, new_tokens: int) -> tuple[torch.Tensor, float]:
@@ -114,12 +115,14 @@ class Contestant:
         return "transformers, eager" if self._path is None else self._path
 
 
-def _preallocate(model, point: Point) -> float:
+def _preallocate(model, point: Point) -> tuple[float, int]:
+    """(seconds, bytes reserved)."""
     start = time.perf_counter()
-    with explained(f"{point.model}, batch {point.workload.batch_size}, cache of {point.positions}"):
-        model.preallocate(batch_size=point.workload.batch_size, cache_length=point.positions, config=point.config)
+    rows = point.workload.batch_size
+    with explained(f"{point.model}, batch {rows}, cache of {point.positions}"):
+        nbytes = model.preallocate(batch_size=rows, cache_length=point.positions, config=point.config)
     synchronize(model.device)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, nbytes
 
 
 def load_alone(point: Point, found: Checkpoint, name: str, pad: int) -> Contestant:
@@ -130,7 +133,7 @@ def load_alone(point: Point, found: Checkpoint, name: str, pad: int) -> Contesta
     vanilla.plain_greedy(model, pad)
     contestant = Contestant(name, model, seconds, sampler=point.workload.sampler, seed=point.workload.seed)
     if name == "ours":
-        contestant.compile_s = _preallocate(model, point)
+        contestant.compile_s, contestant.reserved_bytes = _preallocate(model, point)
     elif name == "compiled":
         vanilla.compile_forward(model, point.compile)
         contestant._path = f"transformers, static cache, compiled {point.compile}"

@@ -9,7 +9,7 @@ from dataclasses import asdict
 import torch
 from torch._dynamo.utils import counters
 
-from fastllama.lab import checkpoint, contestant, digest, memory, workload
+from fastllama.lab import checkpoint, contestant, digest, memory, quality, workload
 from fastllama.lab.ceiling import Ceiling, step_bytes
 from fastllama.lab.contestant import Contestant
 from fastllama.lab.environment import environment
@@ -31,7 +31,7 @@ def _source_sha256() -> str:
 
 def steps(point: Point) -> int:
     """How often `measure` reports progress."""
-    return 2 * len(point.contestants) + point.runs + 2
+    return 2 * len(point.contestants) + point.runs + 2 + bool(point.lossy_switches)
 
 
 def measure(point: Point, progress: Callable[[str], None] = lambda doing: None) -> dict:
@@ -55,6 +55,9 @@ def measure(point: Point, progress: Callable[[str], None] = lambda doing: None) 
         record = _record(point, contestants, prompt, tokenizer, recompiles, ceiling)
     finally:
         release(point, contestants)
+    if point.lossy_switches:
+        progress("scoring")
+        record["score"], record["not_scored"] = quality.of_point(point, found)
     # Last, since two copies of the weights at once might not fit, and since these processes would leave
     # compiled code on the disk, so that compile_s would never be what a first run takes.
     for name, measured in zip(point.contestants, (record, record["baseline"]), strict=False):
@@ -108,9 +111,10 @@ def _parity(point: Point, subject: Contestant, reference: Contestant, prompt: Pr
 
     judged = {}
     for name, ids_BN in subject.outputs.items():
-        judged[name] = compare(ids_BN, reference_BN, point.dtype, margin)
+        judged[name] = compare(ids_BN, reference_BN, point.dtype, margin, bool(point.lossy_switches))
     verdict = worst([verdict for verdict, _ in judged.values()])
-    name = next(name for name, judgement in judged.items() if judgement[0] == verdict)
+    worse = [name for name, judgement in judged.items() if judgement[0] == verdict]
+    name = next((name for name in worse if judged[name][1] is not None), worse[0])
     return verdict, judged[name][1], name, subject.outputs[name]
 
 

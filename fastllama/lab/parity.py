@@ -13,7 +13,7 @@ import torch
 TIE_MARGIN = 1e-4
 HALF_DTYPES = ("fp16", "bf16")
 # From best to worst: a batch, or several runs, are as good as their worst.
-VERDICTS = ("exact", "tie", "half", "differs")
+VERDICTS = ("exact", "tie", "half", "lossy", "differs")
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,23 @@ def first_differences(ours_BN: torch.Tensor, reference_BN: torch.Tensor) -> list
 
 
 def compare(
-    ours_BN: torch.Tensor, reference_BN: torch.Tensor, dtype: str, margin: Callable[[int, int], float]
+    ours_BN: torch.Tensor,
+    reference_BN: torch.Tensor,
+    dtype: str,
+    margin: Callable[[int, int], float],
+    lossy: bool = False,
 ) -> tuple[str, Divergence | None]:
-    """The verdict ("exact", "tie", "half" or "differs") and the divergence that decides it.
+    """The verdict ("exact", "tie", "half", "lossy" or "differs") and the divergence that decides it.
 
     margin(row, position): the reference's top-1 minus top-2 logit before that new token. In fp32 a batch is a
     tie only if every row that differs does so at a tie; the divergence named is then the earliest, and else
-    the earliest that is no tie. In half precision it is the earliest.
+    the earliest that is no tie. In half precision it is the earliest. With a lossy switch no ids are called equal,
+    though they may be; their divergence is the earliest, if there is one.
     """
     firsts = first_differences(ours_BN, reference_BN)
     found = [Divergence(row, position, margin(row, position)) for row, position in firsts]
+    if lossy:
+        return "lossy", found[0] if found else None
     if not found:
         return "exact", None
     if dtype in HALF_DTYPES:

@@ -80,6 +80,13 @@ class Point:
         return "static" if mode == "fullgraph" else mode
 
     @property
+    def lossy_switches(self) -> dict:
+        """The switches given that may change tokens in fp32 as well, with their values."""
+        known = fastllama.FastConfig.__dataclass_fields__
+        given = {name: value for name, value in self.switches.items() if not known[name].metadata["lossless"]}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
 

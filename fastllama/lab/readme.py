@@ -4,7 +4,7 @@ import re
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-from fastllama.lab import figures, suite_file, words
+from fastllama.lab import figures, lossy, score_file, score_table, suite_file, words
 from fastllama.lab.changes import cell, gain, number, own_rows, speed, table, times_vanilla
 from fastllama.lab.sources import ROOT
 
@@ -187,7 +187,17 @@ def suite(records: list[dict], root: Path = ROOT) -> str:
     return "\n".join(parts) or "No whole run of the suite yet: `python -m fastllama.lab.suite cpu`.\n"
 
 
-BLOCKS = {"switches": switches, "result": result, "suite": suite}
+def quality(records: list[dict], root: Path = ROOT) -> str:
+    """The scores that `eval` left in tb_logs/quality, a table for each file, model and text."""
+    parts = [
+        f"[{path.stem}]({path.relative_to(root).as_posix()}): {score_table.in_markdown(lines)}"
+        for path, lines in score_file.kept(root).items()
+        if lines
+    ]
+    return "\n".join(parts) or "No score is kept yet: `python -m fastllama.lab eval --json FILE`.\n"
+
+
+BLOCKS = {"switches": switches, "result": result, "suite": suite, "lossy": lossy.table, "quality": quality}
 
 
 def render(text: str, records: list[dict], root: Path = ROOT) -> str:

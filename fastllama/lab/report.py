@@ -3,12 +3,12 @@
 from html import escape
 from pathlib import Path
 
-from fastllama.lab import changes, curve, figures, history, option, plot_sweep, points_file, suite_file, words
+from fastllama.lab import changes, curve, figures, history, option, plot_sweep, points_file, score, suite_file, words
 from fastllama.lab.page import page, picture, table
 from fastllama.lab.sources import ROOT
 
 _HEADS = ["#", "commit", "what changed", "compile", "tok/s", "decode tok/s", "x vanilla", "of ceiling", "max MB"]
-_HEADS += ["hash", "parity", "gain", "predicted"]
+_HEADS += ["hash", "parity", "quality", "gain", "predicted"]
 _NUMBERS = ("tok/s", "decode tok/s", "x vanilla", "of ceiling", "max MB", "gain", "first token, ms")
 
 
@@ -29,6 +29,7 @@ def _row(record: dict, before: dict | None) -> list[str]:
         changes.number(record["max_mem_mb"]),
         record["hash"],
         record["parity"],
+        score.of_record(record) or "-",
         changes.gain(record, before),
         record["prediction"] or "",
     ]

@@ -2,7 +2,7 @@
 
 from statistics import median
 
-from fastllama.lab import digest, schema1
+from fastllama.lab import digest, schema1, score
 from fastllama.lab.fields import (
     agree,
     check,
@@ -54,7 +54,7 @@ _POINT = {
     **_MEASURED,
     "compile_s": number,
     "reference_hash": hash8,
-    "parity": word(*PARITIES),
+    "parity": word(*PARITIES, "lossy"),
     "first_divergence": or_null(object_),
     "recompiles_after_warmup": small_count,
     "baseline": or_null(object_),
@@ -101,9 +101,11 @@ ENVIRONMENT = {
     "flags": object_,
     "variables": object_,
 }
-_DIVERGENCE = {"row": small_count, "position": small_count, "margin": or_null(number)}
-# A point without one took the likeliest token.
-_OPTIONAL = {"sampler": object_}
+DIVERGENCE = {"row": small_count, "position": small_count, "margin": or_null(number)}
+# Those of which any value but null makes a point lossy: its ids are called equal to no others.
+LOSSY_SWITCHES = ("weights", "cache_k", "cache_v")
+# A point without a sampler took the likeliest token. A lossy one has a score, or the reason why there is none.
+_OPTIONAL = {"sampler": object_, "score": or_null(object_), "not_scored": or_null(name)}
 
 
 def _no_path(value) -> bool:
@@ -120,7 +122,7 @@ def _check_switches(point: dict) -> None:
     check(defaults, dict.fromkeys(switches, scalar), "switch_defaults.", closed=True)
 
 
-def _check_environment(point: dict) -> None:
+def check_environment(point: dict) -> None:
     environment = point["environment"]
     check(environment, ENVIRONMENT, "environment.", closed=True)
     if point["device"] != "cpu":
@@ -134,18 +136,35 @@ def _check_environment(point: dict) -> None:
 def _check_parity(point: dict) -> None:
     schema1.check_parity(point)
     parity, divergence, baseline = point["parity"], point["first_divergence"], point["baseline"]
-    if (point["hash"] == point["reference_hash"]) != (parity in ("exact", "reference")):
+    same = point["hash"] == point["reference_hash"]
+    if parity != "lossy" and same != (parity in ("exact", "reference")):
         raise ValueError(f"parity is {parity} but hash is {point['hash']} beside {point['reference_hash']}")
-    if (divergence is None) != (parity in ("exact", "reference")):
+    if (divergence is None) != same:
         raise ValueError(f"parity is {parity} but first_divergence is {show(divergence)}")
     if divergence is not None:
-        check(divergence, _DIVERGENCE, "first_divergence.", closed=True)
+        check(divergence, DIVERGENCE, "first_divergence.", closed=True)
         if divergence["row"] >= point["batch_size"] or divergence["position"] >= point["new_tokens"]:
             raise ValueError("field first_divergence names a token that was not generated")
     if baseline is not None and parity == "reference":
         raise ValueError("parity is reference but there is a baseline to compare with")
     if baseline is not None and baseline["hash"] != point["reference_hash"]:
         raise ValueError(f"field baseline.hash is {baseline['hash']} but reference_hash is {point['reference_hash']}")
+
+
+def lossy_switches(point: dict) -> dict:
+    """The switches of a stored point that make it lossy, with their values."""
+    return {name: value for name in LOSSY_SWITCHES if (value := point["switches"].get(name)) is not None}
+
+
+def _check_score(point: dict) -> None:
+    found = lossy_switches(point)
+    if (point["parity"] == "lossy") != bool(found) and point["parity"] != "reference":
+        raise ValueError(f"parity is {point['parity']} but the lossy switches are {show(found)}")
+    stored, why = point.get("score"), point.get("not_scored")
+    if (point["parity"] == "lossy") != ((stored is None) != (why is None)):
+        raise ValueError(f"parity is {point['parity']} but score is {show(stored)} and not_scored is {show(why)}")
+    if stored is not None:
+        score.check(stored, "score.")
 
 
 def _check_sizes(point: dict) -> None:
@@ -162,7 +181,7 @@ def check_point(point: dict, also: dict | None = None) -> None:
     sampler = point.get("sampler", {})
     check(sampler, dict.fromkeys(sampler, scalar), "sampler.")
     _check_switches(point)
-    _check_environment(point)
+    check_environment(point)
     schema1.check_runs(point, closed=True)
     baseline = point["baseline"]
     if baseline is not None:
@@ -170,6 +189,7 @@ def check_point(point: dict, also: dict | None = None) -> None:
         schema1.check_runs(baseline, "baseline.", closed=True)
     _check_sizes(point)
     _check_parity(point)
+    _check_score(point)
     schema1.check_derived(point, _EXACT)
     agree("ceiling_gb_per_s", point["ceiling_gb_per_s"], median(point["ceiling_runs_gb_per_s"]), *_EXACT)
     row = point["row_tok_per_s"]

@@ -4,9 +4,17 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from fastllama.lab import score
 from fastllama.lab.figures import spread, workload_name
 
-PARITY_STYLES = {"exact": "green", "reference": "dim", "tie": "yellow", "half": "yellow", "differs": "bold red"}
+PARITY_STYLES = {
+    "exact": "green",
+    "reference": "dim",
+    "tie": "yellow",
+    "half": "yellow",
+    "lossy": "magenta",
+    "differs": "bold red",
+}
 
 
 def number(value: float | None) -> str:
@@ -65,6 +73,8 @@ def _notes(point: dict, is_random: bool) -> list:
         margin = found["margin"]
         why = "" if margin is None else f", where the reference's top-1/top-2 margin is {margin:.2g}"
         lines.append(f"first divergence: row {found['row']}, new token {found['position']}{why}")
+    if point["parity"] == "lossy":
+        lines.append(f"lossy, against fp32: {score.of_record(point)}")
     if point["parity"] == "differs":
         lines.append(Text("the outputs differ from vanilla transformers: this speed is not for the same text", "red"))
     if is_random:

@@ -71,15 +71,23 @@ def row_lengths(workload: Workload) -> list[int]:
 
 def source_text(workload: Workload) -> str:
     """The text that prompts are cut from. Raises `FileNotFoundError` or `ValueError` naming the prompt file."""
-    if workload.prompt_file is None:
-        return held_out_text()
-    path = Path(workload.prompt_file)
+    return held_out_text() if workload.prompt_file is None else read_text(workload.prompt_file, "prompt file")
+
+
+def read_text(file: str, kind: str) -> str:
+    """The content of a file, which messages call a `kind`. Raises `FileNotFoundError`, or `ValueError` if not UTF-8."""
+    path = Path(file)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no prompt file {path}")
+        raise FileNotFoundError(f"there is no {kind} {path}")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise ValueError(f"the prompt file {path} is not UTF-8 text") from None
+        raise ValueError(f"the {kind} {path} is not UTF-8 text") from None
+
+
+def begin_ids(tokenizer) -> list[int]:
+    """What the tokenizer puts before a text: one id, or none."""
+    return [tokenizer.bos_token_id] if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else []
 
 
 def pad_id(tokenizer) -> int:
@@ -96,7 +104,7 @@ def prompt(workload: Workload, tokenizer) -> Prompt:
     Raises `ValueError` when the text has fewer tokens than the longest row.
     """
     tokens = tokenizer(source_text(workload), add_special_tokens=False, verbose=False).input_ids
-    begin = [tokenizer.bos_token_id] if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else []
+    begin = begin_ids(tokenizer)
     lengths = row_lengths(workload)
     if len(begin) + len(tokens) < workload.prompt_length:
         where = f"the prompt file {workload.prompt_file}" if workload.prompt_file else "the held-out text"
