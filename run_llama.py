@@ -76,6 +76,12 @@ def _parser() -> argparse.ArgumentParser:
         help="compile ours, or without --preallocate vanilla's forward; fullgraph is another word for static; native "
         "is one C++ call a step",
     )
+    what.add_argument(
+        "--static-cache",
+        action="store_true",
+        default=None,
+        help="transformers' own model with its StaticCache of --cache-length positions",
+    )
     what.add_argument("--bucket", type=_size, help="cache positions that a step reads are rounded up to this")
     what.add_argument("--prefill-chunk", type=_size, help="prompt tokens per prefill pass")
     what.add_argument("--fuse", help="which products that share an input run as one: all, qkv or no")
@@ -86,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     sizes.add_argument("--batch-size", type=_sizes, help=f"rows ({BATCH_SIZES})")
     sizes.add_argument("--prompt-length", type=_sizes, help=f"tokens of the longest row ({PROMPT_LENGTHS})")
     sizes.add_argument("--new-tokens", type=_sizes, help=f"tokens to generate ({NEW_TOKENS})")
-    sizes.add_argument("--cache-length", type=_size, help="positions to preallocate (prompt + new tokens)")
+    sizes.add_argument("--cache-length", type=_size, help="positions to reserve (prompt + new tokens); more may be reserved than are used")
     sizes.add_argument("--prompt-file", help="UTF-8 text to cut prompts from (the demo's held-out text)")
     sizes.add_argument("--seed", type=_count, help="which places of the text, and where draws begin (0)")
     drawing = parser.add_argument_group("the sampler (transformers' names and meanings; greedy by default)")

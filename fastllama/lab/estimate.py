@@ -14,7 +14,7 @@ _START_S = 8.0  # a process up to its first import of a model
 _LOAD_BYTES_PER_S = 1e9
 _COMPILE_S = {"no": 0.0, "native": 1.0, "static": 40.0, "dynamic": 60.0}
 # What Python and torch's dispatch take for each layer of a step, whatever its size.
-_LAYER_S = {"vanilla": 4e-4, "compiled": 1e-4, "ours": 2e-4}
+_LAYER_S = {"vanilla": 4e-4, "compiled": 1e-4, "static": 4e-4, "ours": 2e-4}
 _SIDE = 1024
 
 
@@ -61,7 +61,7 @@ def seconds(point: Point, rates: Rates) -> float:
         step_s = max(step_bytes / rates.bytes_per_s, work.batch_size * row_s) + overhead_s
         whole_s = first_s + (work.new_tokens - 1) * step_s
         total += (point.warmup + point.runs) * (whole_s + first_s) + _START_S + load_s + whole_s
-        total += 0.0 if name == "vanilla" else 2 * _COMPILE_S[point.compile]
+        total += 0.0 if name in ("vanilla", "static") else 2 * _COMPILE_S[point.compile]
     return total
 
 

@@ -4,7 +4,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from fastllama.lab.figures import spread, workload_name
+from fastllama.lab.figures import spread, subject_name, workload_name
 
 PARITY_STYLES = {"exact": "green", "reference": "dim", "tie": "yellow", "half": "yellow", "differs": "bold red"}
 
@@ -28,7 +28,7 @@ def _cell(point: dict, name: str, baseline: bool) -> str:
 def _row(point: dict, baseline: bool) -> list:
     source = point["baseline"] if baseline else point
     is_reference = baseline or point["baseline"] is None
-    name = "vanilla" if is_reference else "ours" if point["switches"]["preallocate"] else "compiled"
+    name = "vanilla" if is_reference else subject_name(point)
     parity = "reference" if is_reference else point["parity"]
     speedup = "1.00x" if is_reference else f"{point['speedup']:.2f}x"
     decode = None if is_reference else point["decode_speedup"]
@@ -74,7 +74,8 @@ def _notes(point: dict, is_random: bool) -> list:
 
 def point_table(point: dict, is_random: bool) -> Group:
     """One measured point: vanilla beside what was measured, and below it what one must know to trust it."""
-    length = f", cache {point['cache_length']}" if point["switches"]["preallocate"] else ""
+    reserves = point["switches"]["preallocate"] or point["switches"].get("static_cache")
+    length = f", cache {point['cache_length']}" if reserves else ""
     title = f"{workload_name(point)}{length}, on {point['device']}"
     table = Table(title=title, title_justify="left", padding=(0, 0, 0, 1))
     for name, justify in (

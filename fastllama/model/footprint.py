@@ -1,0 +1,107 @@
+"""What a Llama takes and reads, by its configuration alone: before anything is loaded.
+
+Legend: N rows and K columns of a matrix, E hidden size, I intermediate size, V vocabulary, Q and C columns of queries
+and of keys.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from transformers import LlamaConfig
+
+from fastllama.cache.budget import CacheShape
+from fastllama.kernels.small_weights import INT8, WEIGHTS, WeightFormat
+
+_TILE = 16  # rows side by side in a small matrix
+_COLUMNS = 32  # to a multiple of which an int8 matrix is padded
+_MLP_ROWS = 256  # rows that a prefill takes through an MLP at a time on a CPU
+_HEAD_COPIES_BYTES = 12  # of each logit: fp32 copies that choosing a token takes
+
+
+def head_dim(config: LlamaConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def cache_shape(
+    config: LlamaConfig, batch_size: int, cache_length: int, dtype: torch.dtype, device: torch.device
+) -> CacheShape:
+    """The cache of a model with this configuration."""
+    return CacheShape(
+        config.num_hidden_layers, batch_size, config.num_key_value_heads, max(cache_length, 2), head_dim(config),
+        dtype, device,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """body: what every step reads. embedding: a table of which a step reads a row a token; 0 where it is the head."""
+
+    body: int
+    embedding: int
+
+    @property
+    def total(self) -> int:
+        return self.body + self.embedding
+
+
+def _matrices(config: LlamaConfig) -> Iterator[tuple[str, int, int, bool]]:
+    """(name, N, K, whether it has a bias) of one layer's products, fused as the fast path fuses them."""
+    hidden, inner, dim = config.hidden_size, config.intermediate_size, head_dim(config)
+    queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim
+    yield "qkv", queries + 2 * keys, hidden, config.attention_bias
+    yield "o", hidden, queries, config.attention_bias
+    yield "gate_up", 2 * inner, hidden, config.mlp_bias
+    yield "down", hidden, inner, config.mlp_bias
+
+
+def matrix_bytes(name: str, rows: int, columns: int, format: WeightFormat | None, itemsize: int) -> int:
+    """Bytes of an [N, K] matrix, as it is or in a small format. `ValueError` where its groups do not fit."""
+    if format is None:
+        return rows * columns * itemsize
+    padded = -(-rows // _TILE) * _TILE
+    if format.group is None:
+        return padded * (-(-columns // _COLUMNS) * _COLUMNS) + 4 * padded
+    if columns % format.group:
+        raise ValueError(f"{format.name} needs columns that are a multiple of {format.group}: {name} has {columns}")
+    return padded * columns * format.bits // 8 + 2 * padded * (columns // format.group)
+
+
+def weight_bytes(config: LlamaConfig, weights: str | None, dtype: torch.dtype) -> WeightBytes:
+    """Bytes of all parameters, in the formats that `weights` brings; embedding, norms and biases stay in `dtype`.
+
+    The head is int8 whenever the layers are small, and with it an embedding that is the same matrix.
+    Raises `ValueError` naming a matrix whose columns the groups do not divide.
+    """
+    format = None if weights is None else WEIGHTS[weights]
+    layer = 2 * config.hidden_size * dtype.itemsize
+    for name, rows, columns, biased in _matrices(config):
+        layer += matrix_bytes(name, rows, columns, format, dtype.itemsize) + biased * rows * dtype.itemsize
+    head_format = None if format is None else format if format.name == "float8" else INT8
+    head = matrix_bytes("the head", config.vocab_size, config.hidden_size, head_format, dtype.itemsize)
+    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size * dtype.itemsize
+    norm = config.hidden_size * dtype.itemsize
+    return WeightBytes(config.num_hidden_layers * layer + norm + head, embedding)
+
+
+def rotary_bytes(config: LlamaConfig, shape: CacheShape) -> int:
+    """Bytes of the tables of cosines and sines."""
+    return 2 * shape.reserved_length * shape.head_dim * shape.dtype.itemsize
+
+
+def prefill_bytes(config: LlamaConfig, rows: int, tokens: int, past: int, dtype: torch.dtype, device: str) -> int:
+    """Bytes in passing of one prefill pass of `rows` x `tokens` that ends at position `past` + tokens, and of choosing.
+
+    On a CPU the C++ attention needs no mask; elsewhere a pass that has a past has one of [tokens, past + tokens].
+    """
+    count, itemsize, dim = rows * tokens, dtype.itemsize, head_dim(config)
+    queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim
+    hidden, inner = config.hidden_size, config.intermediate_size
+    at_once = min(count, max(_MLP_ROWS, rows)) if device == "cpu" else count
+    attention = count * (2 * hidden + (queries + 2 * keys) + 4 * (queries + keys))  # at the rotation
+    mlp = count * 2 * hidden + at_once * (3 * inner + 2 * hidden)
+    held = max(attention, mlp) * itemsize
+    if past and device != "cpu":
+        group = config.num_attention_heads // config.num_key_value_heads
+        held += tokens * (past + tokens) * (1 + itemsize * (1 + group))
+    return held + rows * config.vocab_size * (itemsize + _HEAD_COPIES_BYTES)
