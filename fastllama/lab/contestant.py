@@ -7,7 +7,6 @@ import time
 from dataclasses import dataclass, field
 
 import torch
-
 from transformers import StaticCache
 
 import fastllama
