@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     sizes.add_argument(
         "--cache-length",
         type=_size,
-        help="positions to reserve (prompt + new tokens); more may be reserved than are used",
+        help="positions to reserve, used or not (prompt + new tokens)",
     )
     sizes.add_argument("--prompt-file", help="UTF-8 text to cut prompts from (the demo's held-out text)")
     sizes.add_argument("--seed", type=_count, help="which places of the text, and where draws begin (0)")
@@ -114,8 +114,8 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="WHAT",
-        help="batch (1 to 128), length (prompts of 100 to 1600 tokens), name=value,value,... for any option above, or "
-        "FILE.toml; several make a product",
+        help="batch (1 to 128), length (prompts of 100 to 1600 tokens), name=value,value,... for any option above, "
+        "FILE.toml, or the name of a table that ships with the package, such as memory-table; several make a product",
     )
     how.add_argument("--dry-run", action="store_true", help="print the points, about how long they take, and stop")
     how.add_argument("--retry-failed", action="store_true", help="with --sweep: measure failed points again")

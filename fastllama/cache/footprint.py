@@ -14,7 +14,7 @@ FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 def row_bytes(format: str | None, head_dim: int, dtype: torch.dtype) -> int:
-    """Bytes of one head and token; `format` None is the model's `dtype`. Raises `ValueError` where blocks do not fit."""
+    """Bytes of one head and token; `format` None is the model's `dtype`. `ValueError` where blocks do not fit."""
     if format is None:
         return head_dim * dtype.itemsize
     found = FORMATS[format]

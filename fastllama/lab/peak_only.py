@@ -1,4 +1,4 @@
-"""Memory alone: the peak of a point's subject, predicted before it runs, and measured in one run of it in a new process.
+"""Memory alone: the peak of a point's subject, predicted, and then measured in one run of it in a new process.
 
 No clock takes part, so that it may be paused, and go on beside other work.
 """
