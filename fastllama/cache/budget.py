@@ -5,13 +5,19 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from fastllama.kernels.blocks import FORMATS
+from fastllama.kernels.stored import FLOATS, part_sizes
+
 # Positions kept beyond cache_length: a view as long as the whole storage would be traced as a second graph.
 SLACK = 8
 
 
 @dataclass(frozen=True)
 class CacheShape:
-    """Sizes of a preallocated cache. `cache_length` is what a caller may use; the storage is a little longer."""
+    """Sizes of a preallocated cache. `cache_length` is what a caller may use; the storage is a little longer.
+
+    `cache_k` and `cache_v` name the formats of keys and values; None is `dtype` itself.
+    """
 
     num_layers: int
     batch_size: int
@@ -20,6 +26,29 @@ class CacheShape:
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+    cache_k: str | None = None
+    cache_v: str | None = None
+
+    @property
+    def formats(self) -> tuple[str, str]:
+        """The formats of keys and values, by name."""
+        own = next((name for name, dtype in FLOATS.items() if dtype == self.dtype), str(self.dtype))
+        return self.cache_k or own, self.cache_v or own
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether keys and values are stored in the model's own dtype."""
+        return all(name is None or FLOATS.get(name) == self.dtype for name in (self.cache_k, self.cache_v))
+
+    def check_formats(self) -> None:
+        """Raises `ValueError` where keys or values cannot be stored as asked for."""
+        if self.is_plain:
+            return
+        if self.dtype not in FLOATS.values():
+            field = "cache_k" if self.cache_k else "cache_v"
+            raise ValueError(f"{field}={getattr(self, field)!r} needs a model in fp32, bf16 or fp16, not {self.dtype}")
+        for name in self.formats:
+            part_sizes(name, self.head_dim, self.dtype)
 
     @property
     def reserved_length(self) -> int:
@@ -28,9 +57,17 @@ class CacheShape:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys, values, mask and write positions."""
-        per_row = 2 * self.num_layers * self.num_kv_heads * self.head_dim + 1  # one mask entry a position
-        return self.batch_size * (self.reserved_length * per_row * self.dtype.itemsize + 8)
+        """Bytes of keys, values, mask and write positions. Only a plain cache has a mask: one entry a position."""
+        position = self.num_layers * self.num_kv_heads * self.position_bytes
+        mask = self.dtype.itemsize if self.is_plain else 0
+        return self.batch_size * (self.reserved_length * (position + mask) + 8)
+
+    @property
+    def position_bytes(self) -> int:
+        """Bytes of a key and a value of one head."""
+        if self.is_plain:
+            return 2 * self.head_dim * self.dtype.itemsize
+        return sum(FORMATS[name].row_bytes(self.head_dim, self.dtype.itemsize) for name in self.formats)
 
 
 def available_bytes(device: torch.device) -> int:

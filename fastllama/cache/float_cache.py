@@ -46,6 +46,10 @@ class FloatCache:
         self.keys[layer][:batch, :, past : past + tokens] = key_BQKD.transpose(1, 2)
         self.values[layer][:batch, :, past : past + tokens] = value_BQKD.transpose(1, 2)
 
+    def floats(self, layer: int, rows: int, used: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [rows, K, used, D] of a layer."""
+        return self.keys[layer][:rows, :, :used], self.values[layer][:rows, :, :used]
+
     def grown(self, shape: CacheShape) -> "FloatCache":
         """A larger cache that holds what this one holds."""
         larger = FloatCache(shape)

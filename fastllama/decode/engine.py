@@ -10,6 +10,7 @@ from torch import nn
 
 from fastllama.cache.budget import CacheShape, require
 from fastllama.cache.float_cache import FloatCache
+from fastllama.cache.small_cache import SmallCache, cache_for
 from fastllama.decode.binding import Binding, chooser
 from fastllama.decode.chunks import automatic_chunk
 from fastllama.decode.prompt import Prompt
@@ -33,7 +34,7 @@ class Engine:
         self.lock = threading.Lock()
         self.config = _IMPLICIT
         self.explicit = False
-        self.cache: FloatCache | None = None
+        self.cache: FloatCache | SmallCache | None = None
         self.binding = Binding(in_use=self.lock.locked)
         self.rotary: RotaryTable | None = None
         self.reallocations = 0
@@ -60,7 +61,7 @@ class Engine:
 
     def preallocate(self, model: nn.Module, batch_size: int, cache_length: int, config: FastConfig) -> int:
         """Reserves, compiles and warms up; returns the bytes reserved. Raises `ValueError` or `MemoryError` before."""
-        shape = shape_for(model, batch_size, cache_length)
+        shape = shape_for(model, batch_size, cache_length, config)
         nbytes = bytes_for(model, shape)
         held = self.cache.shape.nbytes if self.cache is not None else 0
         require(nbytes - held, shape.device, f"a cache of {batch_size} x {cache_length} positions")
@@ -81,7 +82,7 @@ class Engine:
 
     def _reserve(self, model: nn.Module, shape: CacheShape, config: FastConfig) -> None:
         self.config = config
-        self.cache = FloatCache(shape)
+        self.cache = cache_for(shape, stock=config.products == "stock")
         self.refresh(model)
         self._attach(model)
 
@@ -168,9 +169,9 @@ class Engine:
         """
         held = self.cache.shape if self.cache is not None else None
         if self.explicit:
-            require_fit(held, shape_for(model, batch_size, positions), batch_size, positions)
+            require_fit(held, shape_for(model, batch_size, positions, self.config), batch_size, positions)
             return
-        wanted = shape_for(model, batch_size, implicit_length(prompt_length, positions))
+        wanted = shape_for(model, batch_size, implicit_length(prompt_length, positions), self.config)
         if held is None or held.cache_length < wanted.cache_length or not same_but_longer(held, wanted):
             self.cache = self.rotary = None
             self._reserve(model, wanted, self.config)
@@ -262,7 +263,7 @@ class Engine:
             raise ValueError(
                 f"the preallocated cache of {shape.cache_length} positions is full: preallocate more, or free() first"
             )
-        self.cache = self.cache.grown(shape_for(model, shape.batch_size, 2 * shape.cache_length))
+        self.cache = self.cache.grown(shape_for(model, shape.batch_size, 2 * shape.cache_length, self.config))
         self._attach(model)
 
     def undo(self, tokens: int) -> None:
@@ -278,6 +279,8 @@ class Engine:
             how, attention = "native step", ""
         elif self.config.compile == "native":
             how = f"no compile (the native step is not possible: {self._native_obstacle})"
-        if self.weights.prompt_attention == "native":
+        if isinstance(self.cache, SmallCache):
+            attention = f", {self.cache.words}"
+        elif self.weights.prompt_attention == "native":
             attention += ", C++ prompt attention"
         return f"{kind}, {how}, {self.weights.words}{attention}"

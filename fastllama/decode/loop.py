@@ -81,9 +81,9 @@ def copied_out(model: nn.Module, engine: Engine, prompt: Prompt, batch: int) -> 
     width = prompt.width + lengths[0] - int(prompt.lengths[0])
     columns = None if prompt.columns is None else prompt.columns.tolist()
     result = DynamicCache(config=model.config)
-    for layer, (keys, values) in enumerate(zip(engine.cache.keys, engine.cache.values, strict=True)):
+    for layer in range(engine.cache.shape.num_layers):
         pair = []
-        for storage in (keys, values):
+        for storage in engine.cache.floats(layer, batch, max(lengths)):
             out = storage.new_zeros(batch, storage.shape[1], width, storage.shape[3])
             for row, length in enumerate(lengths):
                 new = length - int(prompt.lengths[row])

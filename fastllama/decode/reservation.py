@@ -5,19 +5,23 @@ from dataclasses import replace
 from torch import nn
 
 from fastllama.cache.budget import CacheShape
+from fastllama.model.config import FastConfig
 from fastllama.model.rotary import is_stateful
 
 _ROUNDING = 256  # an implicit cache grows in steps, so that a slightly longer call reallocates nothing
 _AHEAD = 1024  # new tokens that an implicit cache reserves at once: max_length may be a model's whole context
 
 
-def shape_for(model: nn.Module, batch_size: int, cache_length: int) -> CacheShape:
-    """The cache of a transformers Llama. Raises `ValueError` for a size that is not an integer of 1 or more."""
+def shape_for(model: nn.Module, batch_size: int, cache_length: int, config: FastConfig) -> CacheShape:
+    """The cache of a transformers Llama.
+
+    Raises `ValueError` for a size that is not an integer of 1 or more, and for a format that the model cannot have.
+    """
     for name, value in (("batch_size", batch_size), ("cache_length", cache_length)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}={value!r} is not allowed; allowed: an integer >= 1")
     weight = model.model.layers[0].input_layernorm.weight
-    return CacheShape(
+    shape = CacheShape(
         num_layers=len(model.model.layers),
         batch_size=batch_size,
         num_kv_heads=model.config.num_key_value_heads,
@@ -25,7 +29,11 @@ def shape_for(model: nn.Module, batch_size: int, cache_length: int) -> CacheShap
         head_dim=model.model.layers[0].self_attn.head_dim,
         dtype=weight.dtype,
         device=weight.device,
+        cache_k=config.cache_k,
+        cache_v=config.cache_v,
     )
+    shape.check_formats()
+    return shape
 
 
 def bytes_for(model: nn.Module, shape: CacheShape) -> int:

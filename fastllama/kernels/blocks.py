@@ -19,10 +19,10 @@ class Format(NamedTuple):
     def is_float(self) -> bool:
         return self.extra == 0
 
-    def row_bytes(self, head_dim: int) -> int:
-        """Bytes of one head and token."""
-        groups = 1 if self.name == "int8" else head_dim // BLOCK
-        return head_dim * self.bits // 8 + groups * self.extra
+    def row_bytes(self, head_dim: int, itemsize: int = 2) -> int:
+        """Bytes of one head and token; `itemsize` is that of the model's dtype, in which `int8` keeps its scale."""
+        extra = itemsize if self.name == "int8" else head_dim // BLOCK * self.extra
+        return head_dim * self.bits // 8 + extra
 
 
 FORMATS = {

@@ -6,6 +6,7 @@ Legend: B batch, Q query tokens, S cache positions, E hidden size, N query heads
 import torch
 
 from fastllama.cache.float_cache import FloatCache, mask_for, write_tokens
+from fastllama.cache.small_cache import Side, SmallCache, attend
 from fastllama.kernels.attention import attend_cache, attend_causal, attend_prompt
 from fastllama.kernels.rope import rotate
 from fastllama.model.weights import Block, Fused, Weights
@@ -40,7 +41,7 @@ def _finish_prompt_block(block: Block, hidden_BQE: torch.Tensor, attended_BQE: t
 
 
 def prefill_chunk(
-    weights: Weights, cache: FloatCache, hidden_BQE: torch.Tensor, cos_BQD, sin_BQD, past: int
+    weights: Weights, cache: FloatCache | SmallCache, hidden_BQE: torch.Tensor, cos_BQD, sin_BQD, past: int
 ) -> torch.Tensor:
     """Runs Q prompt tokens that follow `past` cached ones, stores their keys and values; returns hidden [B, Q, E].
 
@@ -49,14 +50,17 @@ def prefill_chunk(
     """
     batch, tokens = hidden_BQE.shape[:2]
     native, mask = weights.prompt_attention == "native", None
-    if past and not native:
+    small = isinstance(cache, SmallCache)
+    if past and not native and not small:
         seen = torch.ones(tokens, past + tokens, dtype=torch.bool, device=hidden_BQE.device).tril_(past)
         mask = torch.zeros(1, 1, tokens, past + tokens, dtype=hidden_BQE.dtype, device=hidden_BQE.device)
         mask.masked_fill_(~seen, float("-inf"))
     for index, block in enumerate(weights.blocks):
         query, key, value = _query_key_value(weights, block, hidden_BQE, cos_BQD, sin_BQD)
         cache.write_prompt(index, key, value, past)
-        if native:
+        if small:
+            attended = cache.attend_prompt(index, query, past, weights.scale)
+        elif native:
             keys, values = cache.keys[index], cache.values[index]
             attended = attend_prompt(query, keys, values, past, weights.scale)
         elif past:
@@ -71,9 +75,9 @@ def prefill_chunk(
 
 def step(
     weights: Weights,
-    keys: list[torch.Tensor],
-    values: list[torch.Tensor],
-    mask_B11S: torch.Tensor,
+    keys: list[torch.Tensor] | Side,
+    values: list[torch.Tensor] | Side,
+    mask_B11S: torch.Tensor | None,
     valid_past_index: torch.Tensor,
     rows_B1: torch.Tensor,
     positions_S: torch.Tensor,
@@ -87,13 +91,23 @@ def step(
     Only the first len(positions_S) positions of the cache are read: that length is the step's one dynamic size.
     """
     hidden_BQE = weights.embed(ids_BQ)
-    mask_B1QS = mask_for(mask_B11S, rows_B1, index_BQ, positions_S)
     used = positions_S.shape[0]
-    for block, key_BKSD, value_BKSD in zip(weights.blocks, keys, values, strict=True):
+    small = isinstance(keys, Side)
+    if small:
+        seen_BQ = index_BQ + 1
+    else:
+        mask_B1QS = mask_for(mask_B11S, rows_B1, index_BQ, positions_S)
+    for layer, block in enumerate(weights.blocks):
         query, key, value = _query_key_value(weights, block, hidden_BQE, cos_BQD, sin_BQD)
-        write_tokens(key_BKSD, rows_B1, index_BQ, key)
-        write_tokens(value_BKSD, rows_B1, index_BQ, value)
-        attended = attend_cache(query, key_BKSD[:, :, :used], value_BKSD[:, :, :used], mask_B1QS, weights.scale)
+        if small:
+            keys.write(layer, key, index_BQ)
+            values.write(layer, value, index_BQ)
+            attended = attend(keys, values, layer, query, seen_BQ, used, weights.scale)
+        else:
+            key_BKSD, value_BKSD = keys[layer], values[layer]
+            write_tokens(key_BKSD, rows_B1, index_BQ, key)
+            write_tokens(value_BKSD, rows_B1, index_BQ, value)
+            attended = attend_cache(query, key_BKSD[:, :, :used], value_BKSD[:, :, :used], mask_B1QS, weights.scale)
         hidden_BQE = hidden_BQE + block.o(attended)
         hidden_BQE = hidden_BQE + _mlp(block, hidden_BQE)
     valid_past_index.add_(ids_BQ.shape[1])

@@ -35,7 +35,17 @@ def obstacle(model: nn.Module, shape: CacheShape) -> str | None:
     for module in all_modules(model):
         if module not in activations and not is_plain(module, kinds.get(module, nn.Linear)):
             return f"a {type(module).__name__} of {type(module).__module__.split('.')[0]} takes part"
-    return native.load()
+    reason = native.load()
+    if reason is None and not shape.is_plain:
+        unread = [name for name in shape.formats if name not in _formats()]
+        reason = f"it does not read the cache format {unread[0]}" if unread else None
+    return reason
+
+
+def _formats() -> list[str]:
+    """The cache formats that the library's step reads, beside the model's own dtype."""
+    library = torch.ops.fastllama_native
+    return library.step_formats() if hasattr(library, "step_formats") else []
 
 
 def _products(weights: Weights) -> list:
