@@ -1,80 +1,52 @@
-"""What a cache of any format takes, by arithmetic alone: before there is a model, and for formats of either side.
+"""Which formats a cache may have, from the most exact to the smallest, and the first of them that fits."""
 
-Legend: K kv heads, D head dim.
-"""
-
-import torch
+from collections.abc import Callable
+from dataclasses import replace
 
 from fastllama.cache.budget import CacheShape
 from fastllama.kernels.blocks import BLOCK, FORMATS
 
-# From the most exact to the smallest. iq4_nl takes the bytes of q4_0: it is for those who ask for it.
+# None is the model's own dtype. iq4_nl takes the bytes of q4_0: it is for those who ask for it.
 BY_QUALITY = (None, "f16", "q8_0", "int8", "q5_1", "q5_0", "q4_1", "q4_0")
-FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
-def row_bytes(format: str | None, head_dim: int, dtype: torch.dtype) -> int:
-    """Bytes of one head and token; `format` None is the model's `dtype`. `ValueError` where blocks do not fit."""
-    if format is None:
-        return head_dim * dtype.itemsize
-    found = FORMATS[format]
-    if found.is_float:
-        return head_dim * found.bits // 8
-    if format == "int8":  # its scale is in the model's dtype
-        return head_dim + dtype.itemsize
-    if head_dim % BLOCK:
-        raise ValueError(f"a cache of {format} needs a head_dim that is a multiple of {BLOCK}, not {head_dim}")
-    return found.row_bytes(head_dim)
-
-
-def position_bytes(shape: CacheShape, cache_k: str | None, cache_v: str | None) -> int:
-    """Bytes of one row's keys and values at one position, all layers."""
-    sides = row_bytes(cache_k, shape.head_dim, shape.dtype) + row_bytes(cache_v, shape.head_dim, shape.dtype)
-    return shape.num_layers * shape.num_kv_heads * sides
-
-
-def cache_bytes(shape: CacheShape, cache_k: str | None, cache_v: str | None) -> int:
-    """Bytes of keys, values, mask and write positions; `shape` says all but the formats."""
-    a_position = position_bytes(shape, cache_k, cache_v) + shape.dtype.itemsize  # one mask entry
-    return shape.batch_size * (shape.reserved_length * a_position + 8)
-
-
-def choices(cache_k: str | None, cache_v: str | None, head_dim: int, dtype: torch.dtype) -> list[tuple]:
-    """(cache_k, cache_v) from the most exact to the smallest; a side that is given stays as it is.
+def choices(shape: CacheShape) -> list[CacheShape]:
+    """`shape` in every choice of formats; a side that has one keeps it.
 
     Formats whose blocks do not fit the head dim, or that take no less than the model's dtype, are no choice.
     """
-    full, made = row_bytes(None, head_dim, dtype), []
+    made, own = [], shape.dtype.itemsize
     for format in BY_QUALITY:
-        if format not in (None, "int8") and not FORMATS[format].is_float and head_dim % BLOCK:
+        found = FORMATS.get(format)
+        in_blocks = found is not None and not found.is_float and format != "int8"
+        if in_blocks and shape.head_dim % BLOCK:
             continue
-        if format is not None and row_bytes(format, head_dim, dtype) >= full:
+        if found is not None and found.row_bytes(shape.head_dim, own) >= shape.head_dim * own:
             continue
-        pair = (format if cache_k is None else cache_k, format if cache_v is None else cache_v)
-        if pair not in made:
-            made.append(pair)
+        one = replace(shape, cache_k=shape.cache_k or format, cache_v=shape.cache_v or format)
+        if one not in made:
+            made.append(one)
     return made
 
 
-def best_fitting(shape: CacheShape, cache_k: str | None, cache_v: str | None, budget: int) -> tuple:
-    """(cache_k, cache_v): the most exact formats whose cache of `shape` takes at most `budget` bytes.
+def best_fitting(shape: CacheShape, budget: int, nbytes: Callable[[CacheShape], int]) -> CacheShape:
+    """`shape` in the most exact formats of which `nbytes`, all that a reservation takes, is at most `budget`.
 
-    A side that is given is honoured. Raises `MemoryError` with what the smallest needs where none fits.
+    A side that has a format keeps it. Raises `MemoryError` with what the smallest needs where none fits.
     """
-    pairs = choices(cache_k, cache_v, shape.head_dim, shape.dtype)
-    for pair in pairs:
-        if cache_bytes(shape, *pair) <= budget:
-            return pair
-    smallest = min(pairs, key=lambda pair: cache_bytes(shape, *pair))
+    shapes = choices(shape)
+    for one in shapes:
+        if nbytes(one) <= budget:
+            return one
+    smallest = min(shapes, key=nbytes)
     raise MemoryError(
-        f"a cache of {shape.batch_size} x {shape.cache_length} positions takes "
-        f"{cache_bytes(shape, *smallest) / 1e9:.2f} GB at the least ({words(smallest, shape.dtype)}), and "
-        f"{max(budget, 0) / 1e9:.2f} GB are left for it: lower cache_length or batch_size"
+        f"a cache of {shape.batch_size} x {shape.cache_length} positions takes {nbytes(smallest) / 1e9:.3g} GB at the "
+        f"least ({words(smallest)}), and {max(budget, 0) / 1e9:.3g} GB are left for it: lower cache_length or "
+        "batch_size"
     )
 
 
-def words(pair: tuple, dtype: torch.dtype) -> str:
-    """Two formats for people."""
-    own = str(dtype).removeprefix("torch.")
-    key, value = (own if format is None else format for format in pair)
+def words(shape: CacheShape) -> str:
+    """The formats for people."""
+    key, value = shape.formats
     return f"keys and values {key}" if key == value else f"keys {key}, values {value}"

@@ -10,7 +10,6 @@ import torch
 from transformers import LlamaConfig
 
 from fastllama.cache.budget import available_bytes
-from fastllama.cache.footprint import cache_bytes
 from fastllama.decode.chunks import automatic_chunk
 from fastllama.lab import checkpoint, memory
 from fastllama.lab.point import Point
@@ -115,15 +114,15 @@ def predict(point: Point, name: str, base: int | None = None) -> Peak:
 
 def _ours(point: Point, config: LlamaConfig, base: int) -> Peak:
     device, dtype, work, switches = torch.device(point.device), point.torch_dtype, point.workload, point.config
-    shape = cache_shape(config, work.batch_size, point.positions, dtype, device)
-    held = cache_bytes(shape, switches.cache_k, switches.cache_v) + rotary_bytes(config, shape)
+    formats = (switches.cache_k, switches.cache_v)
+    shape = cache_shape(config, work.batch_size, point.positions, dtype, device, *formats)
     tokens = switches.prefill_chunk or automatic_chunk(work.batch_size, work.prompt_length, device.type)
     tokens = min(tokens, work.prompt_length)
     past = work.prompt_length - tokens
     passing = (_HEAP if device.type == "cpu" else 1) * prefill_bytes(
         config, work.batch_size, tokens, past, dtype, device.type
     )
-    return Peak(base, weight_bytes(config, switches.weights, dtype).total, held, passing)
+    return Peak(base, weight_bytes(config, switches.weights, dtype).total, shape.nbytes + rotary_bytes(shape), passing)
 
 
 def _sizes_of(point: Point, config: LlamaConfig) -> tuple[int, int, int]:

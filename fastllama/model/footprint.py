@@ -24,13 +24,21 @@ def head_dim(config: LlamaConfig) -> int:
 
 
 def cache_shape(
-    config: LlamaConfig, batch_size: int, cache_length: int, dtype: torch.dtype, device: torch.device
+    config: LlamaConfig,
+    batch_size: int,
+    cache_length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    cache_k: str | None = None,
+    cache_v: str | None = None,
 ) -> CacheShape:
-    """The cache of a model with this configuration."""
-    return CacheShape(
+    """The cache of a model with this configuration. Raises `ValueError` for a format that it cannot have."""
+    shape = CacheShape(
         config.num_hidden_layers, batch_size, config.num_key_value_heads, max(cache_length, 2), head_dim(config),
-        dtype, device,
+        dtype, device, cache_k, cache_v,
     )  # fmt: skip
+    shape.check_formats()
+    return shape
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,7 @@ def weight_bytes(config: LlamaConfig, weights: str | None, dtype: torch.dtype) -
     return WeightBytes(config.num_hidden_layers * layer + norm + head, embedding)
 
 
-def rotary_bytes(config: LlamaConfig, shape: CacheShape) -> int:
+def rotary_bytes(shape: CacheShape) -> int:
     """Bytes of the tables of cosines and sines."""
     return 2 * shape.reserved_length * shape.head_dim * shape.dtype.itemsize
 
