@@ -1,4 +1,4 @@
-"""python -m fastllama.lab: render the log, note a prediction, draw, export, and fill TensorBoard."""
+"""python -m fastllama.lab: render the log, note a prediction, draw, export, plan memory, and fill TensorBoard."""
 
 import argparse
 import sys
@@ -10,6 +10,8 @@ from fastllama.lab import (
     compare,
     doctor,
     export,
+    memory_table,
+    planner,
     plot,
     readme,
     record,
@@ -41,6 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     compare.arguments(commands)
 
     plot.arguments(commands)
+    planner.arguments(commands)
+    memory_table.arguments(commands)
     return parser
 
 
@@ -71,6 +75,10 @@ def _run(arguments) -> int:
         return doctor.run(arguments)
     if arguments.command == "plot":
         return plot.run(arguments)
+    if arguments.command == "plan":
+        return planner.run(arguments)
+    if arguments.command == "memory-table":
+        return memory_table.run(arguments)
     if arguments.command == "compare":
         return compare.run(arguments)
     records = record.read_all(arguments.root)

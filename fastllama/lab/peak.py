@@ -67,7 +67,7 @@ class Fit:
 
 
 @cache
-def _base() -> int:
+def base_bytes() -> int:
     """What a process holds that has imported the laboratory and loaded nothing, as this one when it is first asked."""
     return memory.own_bytes() + _FIRST_USE
 
@@ -103,7 +103,7 @@ def predict(point: Point, name: str, base: int | None = None) -> Peak:
     """
     config, parameters = _sizes(point.model, point.torch_dtype)
     if base is None:
-        base = _base() if torch.device(point.device).type == "cpu" else 0
+        base = base_bytes() if torch.device(point.device).type == "cpu" else 0
     if name == "ours":
         return _ours(point, config, base)
     weights = parameters * point.torch_dtype.itemsize
