@@ -13,12 +13,14 @@ from fastllama.model.rotary import RotaryTable, is_stateful
 from fastllama.model.sources import all_modules, is_plain
 from fastllama.model.weights import Weights
 
+FORMAT_OF = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
 
 def obstacle(model: nn.Module, shape: CacheShape) -> str | None:
     """Why this model's step, on a cache of this shape, cannot be one C++ call; None when it can."""
     if shape.device.type != "cpu":
         return "the model is not on a CPU"
-    if shape.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if shape.dtype not in FORMAT_OF:
         return f"the model is in {shape.dtype}"
     if shape.batch_size > NATIVE_ROWS:
         return f"{shape.batch_size} rows are more than the {NATIVE_ROWS} it is for"
@@ -64,8 +66,9 @@ class NativeStep:
             [product.bias for product in products],
             [norm.weight for norm in norms],
             weights.embed.weight,
-            cache.keys,
-            cache.values,
+            [[keys] for keys in cache.keys],
+            [[values] for values in cache.values],
+            [FORMAT_OF[cache.shape.dtype]] * 2,
             cache.mask_B11S,
             cache.valid_past_index,
             rotary.cos_SD.contiguous(),

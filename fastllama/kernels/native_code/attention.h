@@ -15,6 +15,7 @@ namespace {
 
 constexpr int kBlock = 64;  // positions whose scores are kept at once
 constexpr int kRows = 4;    // query rows in a tile
+constexpr int64_t kShares = 64;  // parts that one kv head's positions may be cut into
 
 inline f32x16 all(float value) { return f32x16{} + value; }
 
@@ -27,6 +28,8 @@ inline bool any_above(f32x16 v, float bound) {
   return found;
 #endif
 }
+
+constexpr int kMostDims = 128;
 
 // What a task leaves: for each of its rows a maximum, a sum of weights and a weighted sum of values [D].
 struct Partial {
@@ -59,20 +62,41 @@ inline void ask_for(const T* first, int count) {
   for (int64_t byte = 0; byte < count * (int64_t)sizeof(T); byte += kLine) __builtin_prefetch((const char*)first + byte, 0, kNextCache);
 }
 
+// What the next block needs of memory: `each` bytes a position; none where `at` is null.
+struct Ahead {
+  const char* at = nullptr;
+  int64_t each = 0;
+  void ask(int64_t first, int64_t end) const {
+    for (int64_t byte = first; byte < end; byte += kLine) __builtin_prefetch(at + byte, 0, kNextCache);
+  }
+};
+
+// Blocks of a cache of type T, as they lie.
+template <typename T, int V>
+struct Plain {
+  const T* numbers;  // [S, D]
+
+  const T* block(int64_t s, int) const { return numbers + s * V * 16; }
+  Ahead ahead(int64_t s, int64_t end) const {
+    if (s >= end) return {};
+    return {(const char*)block(s, 0), V * 16 * sizeof(T)};
+  }
+};
+
 // How scores are multiplied: in pairs where the head dim is whole steps of them.
 template <typename T, int V>
 using Pairs = std::conditional_t<V * 16 % Lane<T>::kStep == 0, Lane<T>, Wide<T>>;
 
 // Scores of N query rows against `count` positions, 4 at a time; the last key stands for those that are missing.
 template <typename T, int V, int N>
-inline void score(const typename Pairs<T, V>::Stored* query, const T* keys, int count, bool ask, float* scores) {
+inline void score(const typename Pairs<T, V>::Stored* query, const T* keys, int count, const Ahead& ahead, float* scores) {
   using L = Pairs<T, V>;
   constexpr int D = V * 16;
   for (int p = 0; p < count; p += 4) {
     f32x16 totals[N][4] = {};
     const T* four[4];
     for (int i = 0; i < 4; ++i) four[i] = keys + (int64_t)std::min(p + i, count - 1) * D;
-    if (ask) ask_for(keys + (int64_t)(kBlock + p) * D, 4 * D);
+    if (ahead.at) ahead.ask(p * ahead.each, (p + 4) * ahead.each);
 #pragma GCC unroll 8
     for (int d = 0; d < D; d += L::kStep) {
       typename L::Register key[4];
@@ -146,7 +170,7 @@ inline float weigh(float* row, float scale, int64_t visible, float& maximum, f32
 
 // Adds the values of `count` positions, weighted, to up to kRows rows of `mixed`.
 template <typename T, int V, int N>
-inline void mix(const float* weights, const T* values, int count, bool ask, const float* keep, float* mixed) {
+inline void mix(const float* weights, const T* values, int count, const Ahead& ahead, const float* keep, float* mixed) {
   constexpr int kPart = V < 4 ? V : 4;  // vectors at a time: 4 rows of 4 fill half the registers
   for (int first = 0; first < V; first += kPart) {
     f32x16 total[N][kPart];
@@ -156,7 +180,7 @@ inline void mix(const float* weights, const T* values, int count, bool ask, cons
       for (int v = 0; v < kPart; ++v)
         total[r][v] = first + v < V ? Wide<T>::stored(mixed + (r * V + first + v) * 16) * all(keep[r]) : f32x16{};
     for (int p = 0; p < count; ++p) {
-      if (ask) ask_for(values + ((int64_t)(kBlock + p) * V + first) * 16, kPart * 16);
+      if (ahead.at && first == 0) ahead.ask(p * ahead.each, (p + 1) * ahead.each);
       f32x16 value[kPart];
 #pragma GCC unroll 4
       for (int v = 0; v < kPart; ++v)
@@ -176,8 +200,8 @@ inline void mix(const float* weights, const T* values, int count, bool ask, cons
 
 // One or two query rows of a kv head over positions begin .. end - 1. `seen[r]` positions are visible to row r; scores
 // are times `scale`.
-template <typename T, int V, int R>
-void attend(const typename Pairs<T, V>::Stored* query, float scale, const T* keys, const T* values, int64_t begin,
+template <typename T, int V, int R, typename Keys, typename Values>
+void attend(const typename Pairs<T, V>::Stored* query, float scale, const Keys& keys, const Values& values, int64_t begin,
             int64_t end, const int64_t* seen, const Partial& out) {
   constexpr int D = V * 16;
   clear(out, R, D);
@@ -185,13 +209,30 @@ void attend(const typename Pairs<T, V>::Stored* query, float scale, const T* key
   f32x16 totals[R] = {};
   for (int64_t s = begin; s < end; s += kBlock) {
     const int count = (int)std::min<int64_t>(kBlock, end - s);
-    score<T, V, R>(query, keys + s * D, count, s + kBlock < end, scores);
+    score<T, V, R>(query, keys.block(s, count), count, keys.ahead(s + kBlock, end), scores);
     float keep[R];
-    for (int r = 0; r < R; ++r) 
+    for (int r = 0; r < R; ++r)
       keep[r] = weigh(scores + r * kBlock, scale, std::min<int64_t>(count, seen[r] - s), out.maximum[r], totals[r]);
-    mix<T, V, R>(scores, values + s * D, count, s + kBlock < end, keep, out.mixed);
+    mix<T, V, R>(scores, values.block(s, count), count, values.ahead(s + kBlock, end), keep, out.mixed);
   }
   for (int r = 0; r < R; ++r) out.total[r] = sum(totals[r]);
+}
+
+// A row's shares joined, of which `first` is the first row and each next one `apart` rows later: calls emit(d, value).
+template <typename Emit>
+inline void join(const Partial& all, int64_t first, int64_t apart, int64_t shares, int64_t D, const Emit& emit) {
+  float highest = -std::numeric_limits<float>::max(), total = 0;
+  for (int64_t c = 0; c < shares; ++c) highest = std::max(highest, all.maximum[first + c * apart]);
+  float weight[kShares];
+  for (int64_t c = 0; c < shares; ++c) {
+    weight[c] = std::exp(all.maximum[first + c * apart] - highest);
+    total += weight[c] * all.total[first + c * apart];
+  }
+  for (int64_t d = 0; d < D; ++d) {
+    float value = 0;
+    for (int64_t c = 0; c < shares; ++c) value += weight[c] * all.mixed[(first + c * apart) * D + d];
+    emit(d, value / total);
+  }
 }
 
 }  // namespace

@@ -3,7 +3,6 @@
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
-#include "prompt.h"
 #include "step.h"
 
 namespace {
@@ -62,35 +61,16 @@ at::Tensor linear_rows(const at::Tensor& input, const at::Tensor& weight, const 
   return out;
 }
 
-at::Tensor attend_prompt(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values, int64_t past,
-                         double scale) {
-  const int64_t B = query.size(0), Q = query.size(1), N = query.size(2), D = query.size(3), K = keys.size(1);
-  TORCH_CHECK(keys.dim() == 4 && keys.sizes() == values.sizes() && keys.size(0) >= B && keys.size(3) == D && N % K == 0 &&
-                  past >= 0 && keys.size(2) >= past + Q,
-              "attend_prompt: queries ", query.sizes(), " after ", past, " do not fit keys ", keys.sizes());
-  for (const auto& tensor : {query, keys, values})
-    TORCH_CHECK(tensor.scalar_type() == query.scalar_type() && tensor.stride(3) == 1, "attend_prompt: a tensor's layout");
-  TORCH_CHECK(keys.stride(2) == D && values.stride(2) == D, "attend_prompt: positions must lie one after the other");
-  at::Tensor out = at::empty({B, Q, N * D}, query.options().memory_format(at::MemoryFormat::Contiguous));
-  typed(query, [&](auto zero) {
-    using T = decltype(zero);
-    auto cached = [](const at::Tensor& x) { return Strided<const T>{data<T>(x), x.stride(0), x.stride(2), x.stride(1)}; };
-    const Strided<const T> asking{data<T>(query), query.stride(0), query.stride(1), query.stride(2)};
-    const Strided<T> result{out.mutable_data_ptr<T>(), Q * N * D, N * D, D};
-    for_head_dim(D, [&](auto v) {
-      attend_chunk<T, decltype(v)::value>(asking, cached(keys), cached(values), result, B, Q, N, K, past, (float)scale);
-    });
-  });
-  return out;
-}
+using CachedLayers = std::vector<std::vector<at::Tensor>>;  // the parts of each layer's keys or values
 
 // The tensors are held for as long as this lives: their addresses are what the step reads.
 class Step : public torch::CustomClassHolder {
  public:
   // matrices and biases: qkv, o, gate and up, down of each layer, then the head. norms: input and post of each layer,
-  // then the last. sizes: heads, kv heads, head dim. numbers: attention scale, then each norm's epsilon.
+  // then the last. keys and values: each layer's parts, in the two formats. sizes: heads, kv heads, head dim. numbers:
+  // attention scale, then each norm's epsilon.
   Step(std::vector<at::Tensor> matrices, std::vector<std::optional<at::Tensor>> biases, std::vector<at::Tensor> norms,
-       at::Tensor embedding, std::vector<at::Tensor> keys, std::vector<at::Tensor> values, at::Tensor mask,
+       at::Tensor embedding, CachedLayers keys, CachedLayers values, std::vector<std::string> formats, at::Tensor mask,
        at::Tensor valid_past_index, at::Tensor cos, at::Tensor sin, std::vector<int64_t> sizes,
        std::vector<double> numbers)
       : matrices_(std::move(matrices)), biases_(std::move(biases)), norms_(std::move(norms)),
@@ -98,11 +78,17 @@ class Step : public torch::CustomClassHolder {
         others_{embedding, mask, valid_past_index, cos, sin} {
     const size_t L = keys_.size();
     TORCH_CHECK(matrices_.size() == 4 * L + 1 && biases_.size() == matrices_.size() && norms_.size() == 2 * L + 1 &&
-                    numbers.size() == norms_.size() + 1 && sizes.size() == 3 && values_.size() == L,
+                    numbers.size() == norms_.size() + 1 && sizes.size() == 3 && values_.size() == L && formats.size() == 2,
                 "Step: the lists do not belong together");
     for (const auto& tensor : {embedding, mask, cos, sin})
       TORCH_CHECK(tensor.scalar_type() == embedding.scalar_type() && tensor.is_contiguous(), "Step: a tensor's layout");
-    const Sizes shape{sizes[0], sizes[1], sizes[2], keys_[0].size(0), keys_[0].size(2), (float)numbers[0]};
+    const Sizes shape{sizes[0], sizes[1], sizes[2], mask.size(0), mask.numel() / mask.size(0), (float)numbers[0]};
+    for (const auto* layers : {&keys_, &values_})
+      for (const auto& parts : *layers)
+        TORCH_CHECK(!parts.empty() && parts[0].dim() == 4 && parts[0].size(0) == shape.batch &&
+                        parts[0].size(1) == shape.kv_heads && parts[0].size(2) == shape.positions,
+                    "Step: a layer's cache is not of ", shape.batch, " rows, ", shape.kv_heads, " heads and ",
+                    shape.positions, " positions");
     auto build = [&](auto zero, auto& decoder) {
       using T = decltype(zero);
       auto at = [&](size_t i) { return matrix<T>(matrices_[i], biases_[i]); };
@@ -110,7 +96,7 @@ class Step : public torch::CustomClassHolder {
       for (size_t l = 0; l < L; ++l)
         decoder.layers.push_back({at(4 * l), at(4 * l + 1), at(4 * l + 2), at(4 * l + 3), data<T>(norms_[2 * l]),
                                   data<T>(norms_[2 * l + 1]), (float)numbers[2 * l + 1], (float)numbers[2 * l + 2],
-                                  keys_[l].mutable_data_ptr<T>(), values_[l].mutable_data_ptr<T>()});
+                                  side<T>(keys_[l], formats[0], shape.dim), side<T>(values_[l], formats[1], shape.dim)});
       decoder.head = at(4 * L);
       decoder.embedding = data<T>(others_[0]);
       decoder.norm = data<T>(norms_[2 * L]);
@@ -148,7 +134,8 @@ class Step : public torch::CustomClassHolder {
  private:
   std::vector<at::Tensor> matrices_;
   std::vector<std::optional<at::Tensor>> biases_;
-  std::vector<at::Tensor> norms_, keys_, values_;
+  std::vector<at::Tensor> norms_;
+  CachedLayers keys_, values_;
   std::vector<at::Tensor> others_;
   std::tuple<Decoder<float>, Decoder<at::BFloat16>, Decoder<at::Half>> decoders_;
 };
@@ -157,14 +144,12 @@ class Step : public torch::CustomClassHolder {
 
 TORCH_LIBRARY(fastllama_native, library) {
   library.def("linear_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
-  library.def("attend_prompt(Tensor query, Tensor keys, Tensor values, int past, float scale) -> Tensor");
   library.class_<Step>("Step")
       .def(torch::init<std::vector<at::Tensor>, std::vector<std::optional<at::Tensor>>, std::vector<at::Tensor>,
-                       at::Tensor, std::vector<at::Tensor>, std::vector<at::Tensor>, at::Tensor, at::Tensor, at::Tensor,
+                       at::Tensor, CachedLayers, CachedLayers, std::vector<std::string>, at::Tensor, at::Tensor, at::Tensor,
                        at::Tensor, std::vector<int64_t>, std::vector<double>>())
       .def("run", &Step::run);
 }
 TORCH_LIBRARY_IMPL(fastllama_native, CPU, library) {
   library.impl("linear_rows", &linear_rows);
-  library.impl("attend_prompt", &attend_prompt);
 }

@@ -1,7 +1,6 @@
-// Causal attention of a prompt, or of a chunk of one, to a cache that already holds it.
+// Attention of a prompt, of a chunk of one, or of a step's tokens, to a cache that already holds them.
 //
 // Legend: B rows, Q query tokens, N query heads, K kv heads, G = N / K, D head dim, S cached positions.
-// Past tokens come before the chunk; query token q sees past + q + 1 positions.
 
 #pragma once
 
@@ -9,6 +8,7 @@
 #include <omp.h>
 
 #include "rows.h"
+#include "stored.h"
 
 namespace {
 
@@ -22,33 +22,65 @@ struct Strided {
   T* at(int64_t b, int64_t t, int64_t h) const { return data + b * row + t * token + h * head; }
 };
 
-template <typename T, int V>
-void attend_chunk(const Strided<const T>& query, const Strided<const T>& keys, const Strided<const T>& values,
-                   const Strided<T>& out, int64_t B, int64_t Q, int64_t N, int64_t K, int64_t past, float scale) {
+// visible(b, q) is how many positions a token sees, at least one.
+template <typename T, int V, typename Seen>
+void attend_chunk(const Strided<const T>& query, const Side& keys, const Side& values, const Seen& visible,
+                  const Strided<T>& out, int64_t B, int64_t Q, int64_t N, int64_t K, float scale) {
   constexpr int D = V * 16, kUnits = D / kNumbers<T, V>;
   const int64_t G = N / K, tokens = std::max<int64_t>(1, kTaskRows / G), chunks = (Q + tokens - 1) / tokens;
-#pragma omp parallel num_threads(at::get_num_threads())
+  const int64_t rows = std::min(tokens, Q) * G, tasks = B * K * chunks, threads = at::get_num_threads();
+  int64_t longest = 0;
+  for (int64_t b = 0; b < B; ++b)
+    for (int64_t q = 0; q < Q; ++q) longest = std::max(longest, visible(b, q));
+  // Where tasks are too few for the threads, their positions are cut too.
+  const bool enough = tasks % threads == 0 || tasks >= 4 * threads;
+  const int64_t shares = enough ? 1 : std::clamp<int64_t>(longest / (4 * kBlock), 1, std::min<int64_t>(threads, kShares));
+  std::vector<float> maximum(tasks * shares * rows * (shares > 1)), total(maximum.size()), mixed(maximum.size() * D);
+  const Partial all{maximum.data(), total.data(), mixed.data()};
+  struct Task {
+    int64_t first, b, k, count;
+  };
+  // The last tokens see most, so their tasks come first.
+  auto task_of = [&](int64_t task) {
+    const int64_t first = (chunks - 1 - task / (B * K)) * tokens;
+    return Task{first, task % (B * K) / K, task % K, std::min(tokens, Q - first)};
+  };
+#pragma omp parallel num_threads(threads)
   {
-    std::vector<float> units(tokens * G * kUnits), maximum(tokens * G), total(tokens * G), mixed(tokens * G * D);
-    std::vector<int64_t> seen(tokens * G);
-    const Partial partial{maximum.data(), total.data(), mixed.data()};
-    // The last tokens see most, so their tasks come first.
+    std::vector<float> units(rows * kUnits), own_maximum(rows), own_total(rows), own_mixed(rows * D);
+    std::vector<int64_t> seen(rows);
 #pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < B * K * chunks; ++task) {
-      const int64_t first = (chunks - 1 - task / (B * K)) * tokens, b = task % (B * K) / K, k = task % K;
-      const int64_t count = std::min(tokens, Q - first), R = count * G;
+    for (int64_t work = 0; work < tasks * shares; ++work) {
+      const auto [first, b, k, count] = task_of(work / shares);
+      const int64_t R = count * G, share = work % shares, at = work * rows;
       for (int64_t r = 0; r < R; ++r) {
         const int64_t q = first + r / G;
         const T* from = query.at(b, q, k * G + r % G);
         if constexpr (kNumbers<T, V> == 2) std::memcpy(&units[r * kUnits], from, D * sizeof(T));
         else std::copy(from, from + D, &units[r * kUnits]);
-        seen[r] = past + q + 1;
+        seen[r] = visible(b, q);
       }
-      attend_rows<T, V>(units.data(), scale, keys.at(b, 0, k), values.at(b, 0, k), 0, past + first + count, seen.data(),
-                        (int)R, partial);
+      const int64_t used = *std::max_element(seen.begin(), seen.begin() + R), blocks = (used + kBlock - 1) / kBlock;
+      const int64_t begin = std::min(used, blocks * share / shares * kBlock);
+      const int64_t end = std::min(used, blocks * (share + 1) / shares * kBlock);
+      const Partial one{own_maximum.data(), own_total.data(), own_mixed.data()};
+      const Partial cut{all.maximum + at, all.total + at, all.mixed + at * D};
+      const Partial& partial = shares > 1 ? cut : one;
+      with_blocks<T, V>(keys.at(b, k), values.at(b, k), [&](const auto& key, const auto& value) {
+        attend_group<T, V>(units.data(), scale, key, value, begin, end, seen.data(), (int)R, partial);
+      });
+      if (shares > 1) continue;
       for (int64_t r = 0; r < R; ++r) {
         T* to = out.at(b, first + r / G, k * G + r % G);
-        for (int64_t d = 0; d < D; ++d) to[d] = T(mixed[r * D + d] / total[r]);
+        for (int64_t d = 0; d < D; ++d) to[d] = T(own_mixed[r * D + d] / own_total[r]);
+      }
+    }
+#pragma omp for
+    for (int64_t task = 0; task < (shares > 1 ? tasks : 0); ++task) {
+      const auto [first, b, k, count] = task_of(task);
+      for (int64_t r = 0; r < count * G; ++r) {
+        T* to = out.at(b, first + r / G, k * G + r % G);
+        join(all, task * shares * rows + r, rows, shares, D, [&](int64_t d, float value) { to[d] = T(value); });
       }
     }
   }

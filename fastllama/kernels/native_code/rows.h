@@ -120,11 +120,17 @@ inline const float* pack_values(const T* values, int count, float* packed) {
 // fill the queue of misses and everything would wait.
 struct Asking {
   const char* next[2] = {};  // keys and values
-  int64_t lines = 0;         // of each
-  int64_t each = 0;          // at a time
+  const char* end[2] = {};
+  int64_t each = 0;          // lines at a time
+
+  Asking(const Ahead& keys, const Ahead& values, int64_t count, int64_t calls)
+      : next{keys.at, values.at}, end{keys.at + count * keys.each, values.at + count * values.each} {
+    each = (count * std::max(keys.each, values.each) / kLine + calls - 1) / calls;
+  }
   void ask() {
-    for (int64_t i = 0; i < each && lines > 0; ++i, --lines)
-      for (auto& at : next) __builtin_prefetch(at, 0, kNextCache), at += kLine;
+    for (int64_t i = 0; i < each; ++i)
+      for (int x = 0; x < 2; ++x)
+        if (next[x] < end[x]) __builtin_prefetch(next[x], 0, kNextCache), next[x] += kLine;
   }
 };
 
@@ -152,8 +158,8 @@ inline void products(const float* left, int reach, const float* packed, int widt
 }
 
 // One kv head over positions begin .. end - 1, as `attend` does. query: units [R, D / numbers].
-template <typename T, int V>
-void attend_rows(const float* query, float scale, const T* keys, const T* values, int64_t begin, int64_t end,
+template <typename T, int V, typename Keys, typename Values>
+void attend_rows(const float* query, float scale, const Keys& keys, const Values& values, int64_t begin, int64_t end,
                  const int64_t* seen, int R, const Partial& out) {
   constexpr int D = V * 16, kUnits = D / kNumbers<T, V>, kPart = V == 6 ? 3 : std::min(V, 4);
   clear(out, R, D);
@@ -164,11 +170,10 @@ void attend_rows(const float* query, float scale, const T* keys, const T* values
   const int calls = (R + kRows - 1) / kRows * (kUnits + kBlock / kNumbers<T, V> * (V / kPart));
   for (int64_t s = begin; s < end; s += kBlock) {
     const int count = (int)std::min<int64_t>(kBlock, end - s);
-    pack_keys<T, V>(keys + s * D, count, packed_keys);
-    const float* mixable = pack_values<T, V>(values + s * D, count, packed_values);
-    Asking asking{{(const char*)(keys + (s + kBlock) * D), (const char*)(values + (s + kBlock) * D)}};
-    asking.lines = std::max<int64_t>(0, std::min<int64_t>(kBlock, end - s - kBlock)) * D * sizeof(T) / kLine;
-    asking.each = (asking.lines + calls - 1) / calls;
+    pack_keys<T, V>(keys.block(s, count), count, packed_keys);
+    const float* mixable = pack_values<T, V>(values.block(s, count), count, packed_values);
+    const int64_t later = std::clamp<int64_t>(end - s - kBlock, 0, kBlock);
+    Asking asking(keys.ahead(s + kBlock, end), values.ahead(s + kBlock, end), later, calls);
     for (int r0 = 0; r0 < R; r0 += kRows) {
       const int rows = std::min(kRows, R - r0);
       if (*std::max_element(seen + r0, seen + r0 + rows) <= s) continue;
@@ -204,6 +209,16 @@ void attend_rows(const float* query, float scale, const T* keys, const T* values
     }
   }
   for (int r = 0; r < R; ++r) out.total[r] = sum(totals[r]);
+}
+
+// As the number of rows makes it fastest. `units` of one or two rows are as `attend` has them.
+template <typename T, int V, typename Keys, typename Values>
+void attend_group(const float* units, float scale, const Keys& keys, const Values& values, int64_t begin, int64_t end,
+                  const int64_t* seen, int R, const Partial& out) {
+  const auto* query = (const typename Pairs<T, V>::Stored*)units;
+  if (R == 1) return attend<T, V, 1>(query, scale, keys, values, begin, end, seen, out);
+  if (R == 2) return attend<T, V, 2>(query, scale, keys, values, begin, end, seen, out);
+  attend_rows<T, V>(units, scale, keys, values, begin, end, seen, R, out);
 }
 
 }  // namespace

@@ -10,11 +10,10 @@
 #include <ATen/Parallel.h>
 #include <omp.h>
 
+#include "quantise.h"
 #include "rows.h"
 
 namespace {
-
-constexpr int64_t kShares = 64;  // parts that one kv head's positions may be cut into
 
 struct Sizes {
   int64_t heads, kv_heads, dim, batch, positions;
@@ -27,8 +26,7 @@ struct Layer {
   const T* input_norm;
   const T* post_norm;
   float input_eps, post_eps;
-  T* keys;    // [B, kv_heads, S, D]
-  T* values;  // [B, kv_heads, S, D]
+  Side keys, values;
 };
 
 struct Share {
@@ -158,12 +156,19 @@ class Decoder {
         const int64_t row = (b * K + h / G) * G * Q + (h % G) * Q + q;
         for (int64_t d = 0; d < D; ++d) query_[row * D + d] = float(query_rounded_[row * D + d] = T(rotated(d)));
         seen_[row] = position + 1;
-      } else if (h < N + K) {
-        T* to = layer.keys + ((b * K + h - N) * sizes.positions + position) * D;
-        for (int64_t d = 0; d < D; ++d) to[d] = T(rotated(d));
       } else {
-        T* to = layer.values + ((b * K + h - N - K) * sizes.positions + position) * D;
-        for (int64_t d = 0; d < D; ++d) to[d] = T(from[d]);
+        const bool is_key = h < N + K;
+        Run run = is_key ? layer.keys.at(b, h - N) : layer.values.at(b, h - N - K);
+        auto write = [&](auto* to) {
+          for (int64_t d = 0; d < D; ++d) to[d] = T(is_key ? rotated(d) : from[d]);
+        };
+        if (run.format == kFormatOf<T>) {
+          write(run.at<T>(0, position));
+        } else {
+          float rounded[kMostDims];
+          write(rounded);
+          quantise<T>(rounded, (int)D, run, position);
+        }
       }
     }
   }
@@ -178,43 +183,23 @@ class Decoder {
       const int64_t begin = std::min(used, blocks * chunk / chunks_ * kBlock);
       const int64_t end = std::min(used, blocks * (chunk + 1) / chunks_ * kBlock);
       const Partial out{&maximum_[task * R], &total_[task * R], &mixed_[task * R * D]};
-      const T* keys = layer.keys + pair * sizes.positions * D;
-      const T* values = layer.values + pair * sizes.positions * D;
+      const Run keys = layer.keys.at(b, pair % K), values = layer.values.at(b, pair % K);
       const int64_t* seen = seen_.data() + pair * R;
       for_head_dim(D, [&](auto v) {
         constexpr int V = decltype(v)::value;
-        const int64_t first = pair * R * D;
-        auto few = [&](auto rows) {
-          const auto* query = [&] {
-            if constexpr (std::is_same_v<typename Pairs<T, V>::Stored, float>) return query_.data();
-            else return query_rounded_.data();
-          }();
-          attend<T, V, decltype(rows)::value>(query + first, sizes.scale, keys, values, begin, end, seen, out);
-        };
-        if (R == 1) return few(std::integral_constant<int, 1>{});
-        if (R == 2) return few(std::integral_constant<int, 2>{});
-        const float* units = query_.data() + first;
-        if constexpr (kNumbers<T, V> == 2) units = (const float*)(query_rounded_.data() + first);
-        attend_rows<T, V>(units, sizes.scale, keys, values, begin, end, seen, (int)R, out);
+        const float* units = query_.data() + pair * R * D;
+        if constexpr (kNumbers<T, V> == 2) units = (const float*)(query_rounded_.data() + pair * R * D);
+        with_blocks<T, V>(keys, values, [&](const auto& k, const auto& v) {
+          attend_group<T, V>(units, sizes.scale, k, v, begin, end, seen, (int)R, out);
+        });
       });
     }
 #pragma omp for
     for (int64_t task = 0; task < M * sizes.heads; ++task) {
       const int64_t m = task / sizes.heads, h = task % sizes.heads, b = m / Q, q = m % Q;
       const int64_t pair = b * K + h / G, row = (h % G) * Q + q;
-      float highest = -std::numeric_limits<float>::max(), total = 0;
-      for (int64_t c = 0; c < chunks_; ++c) highest = std::max(highest, maximum_[(pair * chunks_ + c) * R + row]);
-      float weight[kShares];
-      for (int64_t c = 0; c < chunks_; ++c) {
-        const int64_t at = (pair * chunks_ + c) * R + row;
-        weight[c] = std::exp(maximum_[at] - highest);
-        total += weight[c] * total_[at];
-      }
-      for (int64_t d = 0; d < D; ++d) {
-        float value = 0;
-        for (int64_t c = 0; c < chunks_; ++c) value += weight[c] * mixed_[((pair * chunks_ + c) * R + row) * D + d];
-        attended_.put(m, h * D + d, value / total);
-      }
+      join({maximum_.data(), total_.data(), mixed_.data()}, pair * chunks_ * R + row, R, chunks_, D,
+           [&](int64_t d, float value) { attended_.put(m, h * D + d, value); });
     }
   }
 
