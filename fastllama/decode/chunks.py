@@ -4,7 +4,7 @@
 # of 4096; an accelerator, which has more to fill, keeps longer prompts whole.
 _WHOLE = {"cpu": 2048}
 _WHOLE_ELSEWHERE = 8192
-_TOKENS = 1024  # of one pass, over all rows
+_TOKENS = 512  # of one pass, over all rows
 _LEAST = 128  # of each row
 
 

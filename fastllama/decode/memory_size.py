@@ -9,7 +9,7 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
 def parse_size(given, name: str = "memory") -> int:
-    """Bytes of "24GB", "16GiB", "500 MB" or a whole number of bytes. Raises `ValueError` naming `name` and its value."""
+    """Bytes of "24GB", "16GiB", "500 MB" or a whole number of bytes. `ValueError` names `name` and its value."""
     found = _SIZE.fullmatch(given) if isinstance(given, str) else None
     if isinstance(given, Integral) and not isinstance(given, bool):
         nbytes = int(given)

@@ -5,7 +5,13 @@ from pathlib import Path
 from fastllama.lab import figures, option, peak_only, points_file
 from fastllama.lab.changes import table as markdown
 
-_SIZES = ("prompt_length", "new_tokens", "cache_length", "batch_size")
+# What the points of one table have in common.
+_SAME = {
+    "models": lambda entry: entry["model"],
+    "dtypes": lambda entry: entry["dtype"],
+    "batch sizes": lambda entry: entry["batch_size"],
+    "machines": figures.machine_name,
+}
 
 
 def _held(entry: dict, name: str) -> str | None:
@@ -30,17 +36,18 @@ def _cell(entry: dict | None) -> str:
 
 
 def rows(entries: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """(heads, rows) of a table: a row a context length, a column a contestant; of points measured twice the last counts.
+    """(heads, rows): a row a context length, a column a contestant. Of points measured twice the last counts.
 
     Raises `ValueError` where the entries are of several models, machines or batch sizes.
     """
     peaks = [entry for entry in entries if points_file.is_memory(entry)]
     if not peaks:
-        raise ValueError("no point of which memory alone was measured: run_llama.py --sweep memory-table --memory-only")
-    for name, of in (("models", lambda entry: entry["model"]), ("dtypes", lambda entry: entry["dtype"]),
-                     ("batch sizes", lambda entry: entry["batch_size"]), ("machines", figures.machine_name)):  # fmt: skip
+        raise ValueError("no line of a memory alone: run_llama.py --sweep memory-table --memory-only measures some")
+    for name, of in _SAME.items():
         if len(found := {of(entry) for entry in peaks}) > 1:
-            raise ValueError(f"the points are of {len(found)} {name}, which are not one table: {found}")
+            raise ValueError(
+                f"the points are of {len(found)} {name}, which are not one table: {', '.join(map(str, sorted(found)))}"
+            )
     cells = {(entry["cache_length"], entry["prompt_length"], column(entry)): entry for entry in peaks}
     lengths = sorted({key[:2] for key in cells})
     columns = list(dict.fromkeys(column(entry) for entry in peaks))
@@ -57,8 +64,8 @@ def words(entries: list[dict]) -> str:
     heads, body = rows(entries)
     first = next(entry for entry in entries if points_file.is_memory(entry))
     return (
-        f"{first['model']} {first['dtype']}, batch {first['batch_size']}, {figures.machine_name(first)}: peak memory, MB, "
-        f"predicted / measured (error)\n\n{markdown(heads, body)}"
+        f"{first['model']} {first['dtype']}, batch {first['batch_size']}, {figures.machine_name(first)}: peak memory, "
+        f"MB, predicted / measured (error)\n\n{markdown(heads, body)}"
     )
 
 

@@ -119,9 +119,7 @@ def _ours(point: Point, config: LlamaConfig, base: int) -> Peak:
     tokens = switches.prefill_chunk or automatic_chunk(work.batch_size, work.prompt_length, device.type)
     tokens = min(tokens, work.prompt_length)
     past = work.prompt_length - tokens
-    passing = (_HEAP if device.type == "cpu" else 1) * prefill_bytes(
-        config, work.batch_size, tokens, past, dtype, device.type
-    )
+    passing = (_HEAP if device.type == "cpu" else 1) * prefill_bytes(config, shape, tokens, past)
     return Peak(base, weight_bytes(config, switches.weights, dtype).total, shape.nbytes + rotary_bytes(shape), passing)
 
 

@@ -1,4 +1,4 @@
-"""python -m fastllama.lab plan: which weights and which caches fit into so much memory, and about how fast they would be.
+"""python -m fastllama.lab plan: which weights and which caches fit into so much memory, and about how fast they are.
 
 All by arithmetic, from a configuration alone: nothing is loaded or built.
 """
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
@@ -90,7 +91,7 @@ def _combination(asked: Asked, weights: str | None, cache_k: str | None, cache_v
     shape = cache_shape(config, asked.batch_size, asked.context, dtype, device, cache_k, cache_v)
     weight, plain = weight_bytes(config, weights, dtype), weight_bytes(config, None, dtype)
     tokens = automatic_chunk(asked.batch_size, asked.context, device.type)
-    passing = prefill_bytes(config, asked.batch_size, tokens, asked.context - tokens, dtype, device.type)
+    passing = prefill_bytes(config, shape, tokens, asked.context - tokens)
     own = 8 * dtype.itemsize
     sides = [FORMATS[name].row_bytes(shape.head_dim, dtype.itemsize) for name in shape.formats]
     keys, values = (_bits(nbytes, shape.head_dim) for nbytes in sides)
@@ -123,9 +124,9 @@ def combinations(
 
 
 def fitting(made: list[Combination], memory: int) -> tuple[list[Combination], Combination | None]:
-    """(those that fit, the fastest first; the best of them, which is the most exact, None where none fits)"""
-    fit = sorted((one for one in made if one.nbytes <= memory), key=lambda one: one.read_bytes)
-    return fit, max(fit, key=lambda one: one.exactness, default=None)
+    """(those that fit, the most exact first; the first of them, None where none fits)"""
+    fit = sorted((one for one in made if one.nbytes <= memory), key=lambda one: one.exactness, reverse=True)
+    return fit, fit[0] if fit else None
 
 
 def _gb(nbytes: int) -> str:
@@ -144,20 +145,20 @@ def _row(one: Combination, best: bool, bytes_per_s: float | None) -> Iterator[st
 
 
 def table(asked: Asked, made: list[Combination], refused: list[str], bytes_per_s: float | None) -> Group:
-    """What fits, the fastest first, and below it what one must know."""
+    """What fits, the most exact first, and below it what one must know."""
     fit, best = fitting(made, asked.memory)
     dtype = next(name for name, own in DTYPES.items() if own is asked.dtype)
     title = (
         f"{asked.model} {dtype} on {asked.device.type}, batch {asked.batch_size}, context {asked.context:,}: what fits "
         f"into {asked.memory / 1e9:,.2f} GB"
     )
-    shown = Table(title=title, title_justify="left", padding=(0, 0, 0, 1))
+    shown = Table(title=title, title_justify="left", padding=(0, 0, 0, 1), box=box.SIMPLE)
     shown.add_column("")
     for name in ("weights", "cache\nk", "cache\nv"):
         shown.add_column(name, no_wrap=True)
     for name in ("weights\nGB", "cache\nGB", "passing\nGB", "all\nGB", "tok/s"):
         shown.add_column(name, justify="right", no_wrap=True)
-    shown.add_column("quality")
+    shown.add_column("quality", no_wrap=True)
     for one in fit:
         shown.add_row(*_row(one, one is best, bytes_per_s))
     longest = asked.config.max_position_embeddings

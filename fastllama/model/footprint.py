@@ -16,6 +16,7 @@ from fastllama.kernels.small_weights import INT8, WEIGHTS, WeightFormat
 _TILE = 16  # rows side by side in a small matrix
 _COLUMNS = 32  # to a multiple of which an int8 matrix is padded
 _MLP_ROWS = 256  # rows that a prefill takes through an MLP at a time on a CPU
+_SCORES_BYTES = 3 * 2**28  # of the scores that an accelerator holds while it reads a small cache
 _HEAD_COPIES_BYTES = 12  # of each logit: fp32 copies that choosing a token takes
 
 
@@ -97,19 +98,23 @@ def rotary_bytes(shape: CacheShape) -> int:
     return 2 * shape.reserved_length * shape.head_dim * shape.dtype.itemsize
 
 
-def prefill_bytes(config: LlamaConfig, rows: int, tokens: int, past: int, dtype: torch.dtype, device: str) -> int:
-    """Bytes in passing of one prefill pass of `rows` x `tokens` that ends at position `past` + tokens, and of choosing.
+def prefill_bytes(config: LlamaConfig, shape: CacheShape, tokens: int, past: int) -> int:
+    """Bytes in passing of one prefill pass of `tokens` a row that ends at position `past` + tokens, and of choosing.
 
-    On a CPU the C++ attention needs no mask; elsewhere a pass that has a past has one of [tokens, past + tokens].
+    On a CPU the C++ attention needs no mask. Elsewhere a pass that has a past has one of [tokens, past + tokens],
+    unless the cache is small: that is read block by block.
     """
-    count, itemsize, dim = rows * tokens, dtype.itemsize, head_dim(config)
+    rows, itemsize, dim, device = shape.batch_size, shape.dtype.itemsize, shape.head_dim, shape.device.type
+    count = rows * tokens
     queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim
     hidden, inner = config.hidden_size, config.intermediate_size
     at_once = min(count, max(_MLP_ROWS, rows)) if device == "cpu" else count
     attention = count * (2 * hidden + (queries + 2 * keys) + 4 * (queries + keys))  # at the rotation
     mlp = count * 2 * hidden + at_once * (3 * inner + 2 * hidden)
     held = max(attention, mlp) * itemsize
-    if past and device != "cpu":
+    if device != "cpu" and not shape.is_plain:
+        held += _SCORES_BYTES
+    elif device != "cpu" and past:
         group = config.num_attention_heads // config.num_key_value_heads
         held += tokens * (past + tokens) * (1 + itemsize * (1 + group))
     return held + rows * config.vocab_size * (itemsize + _HEAD_COPIES_BYTES)
