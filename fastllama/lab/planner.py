@@ -157,8 +157,8 @@ def table(asked: Asked, made: list[Combination], refused: list[str], bytes_per_s
     for name in ("weights", "cache\nk", "cache\nv"):
         shown.add_column(name, no_wrap=True)
     for name in ("weights\nGB", "cache\nGB", "passing\nGB", "all\nGB", "tok/s"):
-        shown.add_column(name, justify="right", no_wrap=True)
-    shown.add_column("quality", no_wrap=True)
+        shown.add_column(name, justify="right", no_wrap=True, min_width=6)
+    shown.add_column("quality", overflow="fold")
     for one in fit:
         shown.add_row(*_row(one, one is best, bytes_per_s))
     longest = asked.config.max_position_embeddings

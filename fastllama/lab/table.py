@@ -5,6 +5,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastllama.lab.figures import spread, subject_name, workload_name
+from fastllama.lab.workload import Workload, row_lengths
 
 PARITY_STYLES = {"exact": "green", "reference": "dim", "tie": "yellow", "half": "yellow", "differs": "bold red"}
 
@@ -42,6 +43,12 @@ def _row(point: dict, baseline: bool) -> list:
     ]
 
 
+def _prefill_tok_per_s(point: dict, source: dict) -> float:
+    """Prompt tokens of all rows over the time to the first new token, which choosing it is part of."""
+    work = Workload(point["batch_size"], point["prompt_length"], point["new_tokens"], point["seed"])
+    return 1000 * sum(row_lengths(work)) / source["ttft_ms"]
+
+
 def _seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f} s"
 
@@ -50,6 +57,11 @@ def _notes(point: dict, is_random: bool) -> list:
     baseline = point["baseline"]
     lines = [] if baseline is None else [f"vanilla's path: {baseline['path']}"]
     lines.append(f"{'path' if baseline is None else 'path measured'}: {point['path']}")
+    lines.append(
+        f"prefill {number(_prefill_tok_per_s(point, point))} tok/s"
+        + ("" if baseline is None else f" (vanilla {number(_prefill_tok_per_s(point, baseline))})")
+        + (", and no decode step: one new token" if point["new_tokens"] == 1 else "")
+    )
     if point["ceiling_fraction"] is not None:
         lines.append(
             f"{point['ceiling_fraction']:.0%} of the ceiling: decoding reads {point['read_gb_per_s']:.2f} GB/s "
