@@ -158,7 +158,7 @@ def table(asked: Asked, made: list[Combination], refused: list[str], bytes_per_s
         shown.add_column(name, no_wrap=True)
     for name in ("weights\nGB", "cache\nGB", "passing\nGB", "all\nGB", "tok/s"):
         shown.add_column(name, justify="right", no_wrap=True, min_width=6)
-    shown.add_column("quality", overflow="fold")
+    shown.add_column("quality", overflow="fold", min_width=12)
     for one in fit:
         shown.add_row(*_row(one, one is best, bytes_per_s))
     longest = asked.config.max_position_embeddings
