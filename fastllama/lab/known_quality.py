@@ -58,4 +58,4 @@ def words(found: Quality | None) -> str:
     if found is None:
         return "not measured"
     change = found.perplexity / found.reference_perplexity - 1
-    return f"{found.model}: perplexity {change:+.2%}, KL {found.mean_kl:.2g}"
+    return f"{found.model}: {change:+.2%} perplexity, KL {found.mean_kl:.2g}"

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
@@ -136,8 +135,8 @@ def _gb(nbytes: int) -> str:
 def _row(one: Combination, best: bool, bytes_per_s: float | None) -> Iterator[str]:
     yield "*" if best else ""
     yield one.weights or _NONE
-    yield one.shape.cache_k or _NONE
-    yield one.shape.cache_v or _NONE
+    key, value = one.shape.cache_k or _NONE, one.shape.cache_v or _NONE
+    yield key if key == value else f"{key}/{value}"
     parts = (one.weight.total, one.shape.nbytes, one.tables + one.passing + one.base, one.nbytes)
     yield from map(_gb, parts)
     yield "-" if bytes_per_s is None else f"{one.tok_per_s(bytes_per_s):,.1f}"
@@ -152,13 +151,13 @@ def table(asked: Asked, made: list[Combination], refused: list[str], bytes_per_s
         f"{asked.model} {dtype} on {asked.device.type}, batch {asked.batch_size}, context {asked.context:,}: what fits "
         f"into {asked.memory / 1e9:,.2f} GB"
     )
-    shown = Table(title=title, title_justify="left", padding=(0, 0, 0, 1), box=box.SIMPLE)
+    shown = Table(title=title, title_justify="left", padding=(0, 0, 0, 1), box=None)
     shown.add_column("")
-    for name in ("weights", "cache\nk", "cache\nv"):
+    for name in ("weights", "cache\nk/v"):
         shown.add_column(name, no_wrap=True)
     for name in ("weights\nGB", "cache\nGB", "passing\nGB", "all\nGB", "tok/s"):
-        shown.add_column(name, justify="right", no_wrap=True, min_width=6)
-    shown.add_column("quality", overflow="fold", min_width=12)
+        shown.add_column(name, justify="right", no_wrap=True)
+    shown.add_column("quality", overflow="fold")
     for one in fit:
         shown.add_row(*_row(one, one is best, bytes_per_s))
     longest = asked.config.max_position_embeddings
