@@ -259,6 +259,8 @@ def test_bytes_of_a_step(tmp_path, tie):
     weights = 2 * (vocabulary + 2 * layer + 32)
     cache = 2 * (2 * 2 * 2 * 8) * (24 + 13 + 2 * 3)
     assert ceiling.step_bytes(model, [24, 13], 6) == weights + cache
+    small = (2 * 2) * (8 + 2 + 2 * 8) * (24 + 13 + 2 * 3)
+    assert ceiling.step_bytes(model, [24, 13], 6, "int8", "bf16") == weights + small
 
 
 def test_the_ceiling_is_the_median_of_what_was_measured():

@@ -124,7 +124,9 @@ def test_prompts(format, dtype):
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 9])
-@pytest.mark.parametrize("formats", list(itertools.permutations(["bf16", "f32", "int8", "q8_0", "q4_1", "q5_0"], 2)), ids="-".join)
+@pytest.mark.parametrize(
+    "formats", list(itertools.permutations(["bf16", "f32", "int8", "q8_0", "q4_1", "q5_0"], 2)), ids="-".join
+)
 def test_keys_and_values_may_differ(formats, tokens):
     for dtype in DTYPES.values():
         assert_attends(*formats, dtype, 2, tokens, 4, 2, 64, 140)
@@ -145,7 +147,10 @@ def test_rows_of_very_different_lengths():
         parts, read = filled(format, x), stored.expand(filled(format, x), format, x.dtype)
         seen = torch.tensor([[1], [1020], [65]]) + torch.arange(tokens)
         torch.testing.assert_close(
-            attend(query, parts, format, parts, format, seen), specification(query, read, read, seen), rtol=1e-5, atol=1e-5
+            attend(query, parts, format, parts, format, seen),
+            specification(query, read, read, seen),
+            rtol=1e-5,
+            atol=1e-5,
         )
 
 
@@ -223,7 +228,9 @@ def test_store_is_the_reference_bit_for_bit(format, dtype, dim):
         pytest.skip("blocks of 32 do not divide the head dim")
     batch, tokens, heads = 2, 275, 2
     new = hard_numbers(dtype, batch * tokens * heads, dim).view(batch, tokens, heads, dim)
-    index = torch.stack([torch.randperm(400, generator=torch.Generator().manual_seed(row))[:tokens] for row in range(2)])
+    index = torch.stack(
+        [torch.randperm(400, generator=torch.Generator().manual_seed(row))[:tokens] for row in range(2)]
+    )
     parts, expected = (parts_for(format, (batch + 1, heads, 400, dim), dtype) for _ in range(2))
     store(new, parts, format, index)
     for part, numbers in zip(expected, stored.quantise(new, format), strict=True):
@@ -268,7 +275,10 @@ def one(format="q8_0", dim=64, dtype=torch.float32):
         (lambda q, p, s: (q, p, "q8_0", [x[:, :, :5] for x in p], "q8_0", s), "do not fit keys"),
         (lambda q, p, s: (q, p, "q8_0", p, "q8_0", s.int()), "seen must be int64"),
         (lambda q, p, s: (q, p, "q8_0", p, "q8_0", s[:, :1]), "seen must be int64"),
-        (lambda q, p, s: (q, [x.transpose(1, 2).contiguous().transpose(1, 2) for x in p], "q8_0", p, "q8_0", s), "one after the other"),
+        (
+            lambda q, p, s: (q, [x.transpose(1, 2).contiguous().transpose(1, 2) for x in p], "q8_0", p, "q8_0", s),
+            "one after the other",
+        ),
         (lambda q, p, s: (q.double(), p, "q8_0", p, "q8_0", s), "is not supported"),
     ],
 )
@@ -290,3 +300,103 @@ def test_every_head_dim_is_built():
     for dim in NATIVE_HEAD_DIMS:
         query, parts = one("int8", dim)
         assert attend(query, parts, "int8", parts, "int8", torch.tensor([[8, 9]])).shape == (1, 2, 4 * dim)
+
+
+# the whole decode step
+
+HEADS, KV_HEADS, HIDDEN, WIDE, WORDS, POSITIONS, LAYERS = 4, 2, 48, 80, 101, 200, 2
+
+
+def step_inputs(dim: int) -> dict:
+    generator = torch.Generator().manual_seed(dim)
+    sizes = [((HEADS + 2 * KV_HEADS) * dim, HIDDEN), (HIDDEN, HEADS * dim), (2 * WIDE, HIDDEN), (HIDDEN, WIDE)] * LAYERS
+    matrices = [torch.randn(size, generator=generator) / size[1] ** 0.5 for size in [*sizes, (WORDS, HIDDEN)]]
+    norms = [1 + 0.1 * torch.randn(HIDDEN, generator=generator) for _ in range(2 * LAYERS + 1)]
+    angles = torch.arange(POSITIONS)[:, None] * 100.0 ** -(torch.arange(dim // 2) / (dim // 2))
+    cos, sin = angles.cos().repeat(1, 2), torch.cat((-angles.sin(), angles.sin()), 1)
+    return {
+        "matrices": matrices,
+        "norms": norms,
+        "embedding": torch.randn(WORDS, HIDDEN, generator=generator),
+        "cos": cos,
+        "sin": sin,
+    }
+
+
+def plain_step(inputs, ids_BQ, keys, values, formats, past_B, dim):
+    """The same with an operator each; `keys` and `values` are each layer's parts."""
+    norm = lambda x, i: F.rms_norm(x, (HIDDEN,), inputs["norms"][i], 1e-5)  # noqa: E731
+    matrices, (batch, tokens) = inputs["matrices"], ids_BQ.shape
+    index_BQ = past_B[:, None] + torch.arange(tokens)
+    cos, sin = (inputs[name][index_BQ][:, :, None] for name in ("cos", "sin"))
+    hidden = inputs["embedding"][ids_BQ]
+    for layer in range(LAYERS):
+        qkv, o, gate_up, down = matrices[4 * layer : 4 * layer + 4]
+        heads = (norm(hidden, 2 * layer) @ qkv.T).unflatten(2, (-1, dim))
+        turned = heads * cos + heads.roll(dim // 2, 3) * sin
+        store(turned[:, :, HEADS : HEADS + KV_HEADS], keys[layer], formats[0], index_BQ)
+        store(heads[:, :, HEADS + KV_HEADS :], values[layer], formats[1], index_BQ)
+        mixed = attend(turned[:, :, :HEADS], keys[layer], formats[0], values[layer], formats[1], index_BQ + 1)
+        hidden = hidden + mixed @ o.T
+        gate, up = (norm(hidden, 2 * layer + 1) @ gate_up.T).chunk(2, -1)
+        hidden = hidden + (F.silu(gate) * up) @ down.T
+    return norm(hidden, 2 * LAYERS) @ matrices[-1].T
+
+
+@pytest.mark.parametrize("threads", [1, 3], indirect=True)
+@pytest.mark.parametrize(
+    "formats", [*((name, name) for name in FORMATS), ("int8", "q4_0"), ("f32", "q8_0")], ids="-".join
+)
+def test_a_step_is_the_operators_one_after_another(formats, threads):
+    dim, past = 32, torch.tensor([130, 5])
+    inputs = step_inputs(dim)
+    x = torch.randn(2, LAYERS, 2, KV_HEADS, POSITIONS, dim)
+    mine, plain = ([[filled(f, y) for y in x[i]] for i, f in enumerate(formats)] for _ in range(2))
+    valid, mask = past.clone(), torch.full((2, 1, 1, POSITIONS), float("-inf"))
+    step = torch.classes.fastllama_native.Step(
+        inputs["matrices"],
+        [None] * len(inputs["matrices"]),
+        inputs["norms"],
+        inputs["embedding"],
+        *([tuple(parts) for parts in side] for side in mine),
+        list(formats),
+        mask,
+        valid,
+        inputs["cos"],
+        inputs["sin"],
+        [HEADS, KV_HEADS, dim],
+        [0.3, *[1e-5] * len(inputs["norms"])],
+    )
+    for tokens in (1, 3, 1):
+        ids = torch.randint(WORDS, (2, tokens))
+        found, expected = step.run(ids), plain_step(inputs, ids, *plain, formats, past, dim)
+        past += tokens
+        # A sum in another order may move a number across a border between quants.
+        assert (found - expected).abs().max() < 2e-2 * expected.abs().max()
+        assert (found - expected).square().mean() < 1e-6 * expected.square().mean()
+    assert torch.equal(valid, past)
+    for format, ours, theirs in zip(formats, mine, plain, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            a, b = stored.expand(a, format, torch.float32), stored.expand(b, format, torch.float32)
+            assert ((a - b).abs() > 1e-4 * b.abs().max()).sum() < 0.01 * (a != 0).sum()
+            assert (a - b).abs().max() < 0.2 * b.abs().max()
+
+
+def test_a_step_refuses_parts_of_another_format():
+    inputs, parts = step_inputs(32), [filled("q8_0", torch.randn(1, KV_HEADS, POSITIONS, 32))] * LAYERS
+    with pytest.raises(RuntimeError, match="part 0 of the cache format q4_0"):
+        torch.classes.fastllama_native.Step(
+            inputs["matrices"],
+            [None] * len(inputs["matrices"]),
+            inputs["norms"],
+            inputs["embedding"],
+            parts,
+            parts,
+            ["q8_0", "q4_0"],
+            torch.zeros(1, 1, 1, POSITIONS),
+            torch.zeros(1, dtype=torch.int64),
+            inputs["cos"],
+            inputs["sin"],
+            [HEADS, KV_HEADS, 32],
+            [0.3, *[1e-5] * len(inputs["norms"])],
+        )

@@ -14,8 +14,8 @@ from fastllama.kernels.attention import NATIVE_HEAD_DIMS
 from fastllama.kernels.stored import expand, quantise
 
 # Numbers of keys that are expanded at a time, and scores that are held: on a CPU few enough to stay in its cache.
-_EXPANDED = {"cpu": 2**18, "cuda": 2**23}
-_SCORES = {"cpu": 2**20, "cuda": 2**26}
+_EXPANDED = {"cpu": 2**18, "gpu": 2**23}
+_SCORES = {"cpu": 2**20, "gpu": 2**26}
 _POSITIONS = 256  # at least, in one block
 _STORED_TOKENS = 1024  # quantised at a time
 
@@ -73,10 +73,9 @@ def _attend(query_BQND, keys, key_format, values, value_format, seen_BQ, used, s
             query_BQND, keys, key_format, values, value_format, seen_BQ, scale
         )
     batch, tokens, heads, dim = query_BQND.shape
-    kv_heads, kind = keys[0].shape[1], query_BQND.device.type
-    block = max(_EXPANDED.get(kind, _EXPANDED["cuda"]) // (batch * kv_heads * dim), _POSITIONS)
-    block = min(block, used)
-    rows = max(_SCORES.get(kind, _SCORES["cuda"]) // (batch * heads * block), 1)
+    kv_heads, kind = keys[0].shape[1], "cpu" if query_BQND.device.type == "cpu" else "gpu"
+    block = min(max(_EXPANDED[kind] // (batch * kv_heads * dim), _POSITIONS), used)
+    rows = max(_SCORES[kind] // (batch * heads * block), 1)
     out_BQND = torch.empty_like(query_BQND, memory_format=torch.contiguous_format)
     for first in range(0, tokens, rows):
         last = min(first + rows, tokens)
@@ -95,7 +94,7 @@ def _attend(query_BQND, keys, key_format, values, value_format, seen_BQ, used, s
 
 
 class _Running:
-    """Softmax and weighted sum, block after block, in fp32: the largest score, the sum of weights, the sum of values."""
+    """Softmax and weighted sum, block after block, in fp32: the top score, the sum of weights, the sum of values."""
 
     def __init__(self, query_BQND: torch.Tensor, kv_heads: int, seen_BQ: torch.Tensor, scale: float):
         batch, tokens, heads, dim = query_BQND.shape

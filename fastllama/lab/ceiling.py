@@ -63,15 +63,22 @@ class Ceiling:
         return best
 
 
-def step_bytes(model: torch.nn.Module, lengths: list[int], new_tokens: int) -> int:
+def step_bytes(
+    model: torch.nn.Module,
+    lengths: list[int],
+    new_tokens: int,
+    cache_k: str | None = None,
+    cache_v: str | None = None,
+) -> int:
     """Bytes that one decode step in mid-generation must read.
 
     Every parameter once, but the input embedding only where the output uses the same matrix; and each row's
-    keys and values: its prompt (`lengths`, real tokens) and half of the new tokens.
+    keys and values: its prompt (`lengths`, real tokens) and half of the new tokens, as `cache_k` and `cache_v` store
+    them (None: in the model's dtype).
     """
     tensors = {tensor.data_ptr(): tensor.nbytes for tensor in model.parameters()}
     embedding = model.get_input_embeddings().weight
     if embedding.data_ptr() != model.get_output_embeddings().weight.data_ptr():
         del tensors[embedding.data_ptr()]
     positions = sum(lengths) + len(lengths) * new_tokens // 2
-    return sum(tensors.values()) + position_bytes(model.config, embedding.dtype.itemsize) * positions
+    return sum(tensors.values()) + position_bytes(model.config, embedding.dtype.itemsize, cache_k, cache_v) * positions

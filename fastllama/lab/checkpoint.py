@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM as Vanilla
 from fastllama import demo
 from fastllama.cache.budget import available_bytes
 from fastllama.demo.shapes import SHAPES
+from fastllama.kernels.blocks import FORMATS
 from fastllama.lab.environment import has_bf16_products
 from fastllama.lab.fault import explained, sentence
 from fastllama.lab.point import Point
@@ -111,10 +112,14 @@ def require_room(checkpoint: Checkpoint, point: Point) -> None:
         )
 
 
-def position_bytes(config: LlamaConfig, itemsize: int) -> int:
-    """Bytes of one row's keys and values at one position, all layers."""
+def position_bytes(config: LlamaConfig, itemsize: int, cache_k: str | None = None, cache_v: str | None = None) -> int:
+    """Bytes of one row's keys and values at one position, all layers; a format that is None is the model's dtype."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * itemsize
+    sides = (
+        head_dim * itemsize if name is None else FORMATS[name].row_bytes(head_dim, itemsize)
+        for name in (cache_k, cache_v)
+    )
+    return config.num_hidden_layers * config.num_key_value_heads * sum(sides)
 
 
 def load(checkpoint: Checkpoint, cls, dtype: torch.dtype, device: torch.device):

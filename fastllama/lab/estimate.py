@@ -51,8 +51,6 @@ def seconds(point: Point, rates: Rates, only_memory: bool = False) -> float:
     itemsize, work = point.torch_dtype.itemsize, point.workload
     parameters = found.parameter_count
     load_s = parameters * itemsize / _LOAD_BYTES_PER_S
-    row_bytes = checkpoint.position_bytes(found.config, itemsize) * (work.prompt_length + work.new_tokens / 2)
-    step_bytes = parameters * itemsize + work.batch_size * row_bytes
     # A product takes two operations for each of its weights and rows.
     row_s = 2 * parameters / rates.flop_per_s[point.dtype]
     # And each pair of tokens that see each other, two for each number of the query, with keys and with values.
@@ -61,6 +59,10 @@ def seconds(point: Point, rates: Rates, only_memory: bool = False) -> float:
     pairs_s = 4 * queries * work.prompt_length**2 / 2 / rates.flop_per_s[point.dtype]
     total = load_s
     for name in point.contestants[:1] if only_memory else point.contestants:
+        formats = point.cache_formats if name == "ours" else (None, None)
+        position = checkpoint.position_bytes(found.config, itemsize, *formats)
+        row_bytes = position * (work.prompt_length + work.new_tokens / 2)
+        step_bytes = parameters * itemsize + work.batch_size * row_bytes
         overhead_s = found.config.num_hidden_layers * _LAYER_S[name]
         first_s = work.batch_size * (work.prompt_length * row_s + pairs_s) + overhead_s
         step_s = max(step_bytes / rates.bytes_per_s, work.batch_size * row_s) + overhead_s

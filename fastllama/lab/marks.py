@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.models.llama import modeling_llama
 
 from fastllama.cache.float_cache import FloatCache
+from fastllama.cache.small_cache import Side, SmallCache
 from fastllama.decode.choice import Choice, GreedyChoice
 from fastllama.lab.contestant import Contestant, synchronize
 from fastllama.model import forward
@@ -27,6 +28,7 @@ _mark = getattr(torch._C._profiler, "_RecordFunctionFast", torch.profiler.record
 
 _FUNCTIONS = {
     "rotate": "rotary",
+    "attend": "attention",
     "attend_cache": "attention",
     "attend_causal": "attention",
     "attend_prompt": "attention",
@@ -98,7 +100,8 @@ class _Inside:
 
     def __init__(self, engine):
         places = {(forward, function): name(part) for function, part in _FUNCTIONS.items()}
-        places[FloatCache, "write_prompt"] = name("cache write")
+        places[FloatCache, "write_prompt"] = places[Side, "write"] = name("cache write")
+        places[SmallCache, "attend_prompt"] = name("attention")
         self.plain = [(*place, getattr(*place)) for place in places]
         self.plain.append((engine.binding, "weights", engine.binding.weights))
         self.marked = [(*place, within(getattr(*place), event)) for place, event in places.items()]

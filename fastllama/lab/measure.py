@@ -143,7 +143,7 @@ def _record(point: Point, contestants, prompt: Prompt, tokenizer, recompiles: in
         baseline = {**_figures(point, reference), "hash": reference_hash}
     against = baseline or ours
     steps_per_s = ours["row_tok_per_s"]
-    step = step_bytes(reference.model, prompt.lengths, point.workload.new_tokens)
+    step = step_bytes(reference.model, prompt.lengths, point.workload.new_tokens, *point.cache_formats)
     read = None if steps_per_s is None else step * steps_per_s / 1e9
     return {
         "schema": SCHEMA,

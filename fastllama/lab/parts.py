@@ -43,6 +43,7 @@ class Shape:
     lengths: tuple[int, ...]
     new_tokens: int
     separate: dict[str, int]  # how many products each part of a layer is made of
+    formats: tuple[str | None, str | None] = (None, None)  # of keys and values; None is the model's dtype
 
     @property
     def sequence(self) -> list[str]:
@@ -76,7 +77,7 @@ class Shape:
 
     def step_bytes(self) -> dict[str, int]:
         """Bytes that a step in mid-generation must move, by part."""
-        rows, position = len(self.lengths), position_bytes(self.config, self.itemsize)
+        rows, position = len(self.lengths), position_bytes(self.config, self.itemsize, *self.formats)
         return {
             **self.weight_bytes,
             "embedding": rows * self.config.hidden_size * self.itemsize,
@@ -87,7 +88,7 @@ class Shape:
     def prefill_bytes(self, calls: dict[str, int]) -> dict[str, int]:
         """Bytes that a prefill moves, by part: a weight is read again by each of the `calls` on it."""
         weights = {part: count // self.calls(part) * calls[part] for part, count in self.weight_bytes.items()}
-        cache = position_bytes(self.config, self.itemsize) * sum(self.lengths)
+        cache = position_bytes(self.config, self.itemsize, *self.formats) * sum(self.lengths)
         embedding = sum(self.lengths) * self.config.hidden_size * self.itemsize
         return {**weights, "embedding": embedding, "cache write": cache, "attention": cache}
 
@@ -101,10 +102,12 @@ class Shape:
 def shape_of(contestant: Contestant, lengths: list[int], new_tokens: int) -> Shape:
     """The shape of the contestant's passes on a prompt."""
     separate = {"qkv": 3, "o": 1, "gate_up": 2, "down": 1}
+    formats = (None, None)
     if contestant.name == "ours":
-        block = contestant.model._engine.weights.blocks[0]
+        engine = contestant.model._engine
+        block, formats = engine.weights.blocks[0], (engine.config.cache_k, engine.config.cache_v)
         separate = {
             part: 1 if isinstance(getattr(block, part), Fused) else count for part, count in separate.items()
         } | {"o": 1, "down": 1}
     config, itemsize = contestant.model.config, contestant.model.dtype.itemsize
-    return Shape(config, itemsize, tuple(lengths), new_tokens, separate)
+    return Shape(config, itemsize, tuple(lengths), new_tokens, separate, formats)

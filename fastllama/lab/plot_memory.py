@@ -29,7 +29,7 @@ def cache_mb(point: dict) -> float | None:
     length = point["cache_length"] or point["prompt_length"] + point["new_tokens"]
     shape = CacheShape(
         config.num_hidden_layers, point["batch_size"], config.num_key_value_heads, length, head_dim, dtype,
-        torch.device("cpu"),
+        torch.device("cpu"), point["switches"].get("cache_k"), point["switches"].get("cache_v"),
     )  # fmt: skip
     return shape.nbytes / 1e6
 

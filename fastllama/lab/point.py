@@ -91,6 +91,11 @@ class Point:
         return DTYPES[self.dtype]
 
     @property
+    def cache_formats(self) -> tuple[str | None, str | None]:
+        """How the subject stores keys and values; None is the model's dtype."""
+        return (self.config.cache_k, self.config.cache_v) if self.preallocate else (None, None)
+
+    @property
     def contestants(self) -> tuple[str, ...]:
         """Who runs: the subject first, then what it is compared with."""
         if self.preallocate:

@@ -180,7 +180,8 @@ def context(case: Case, device: str) -> Measured:
         long = held.lane("long", 1, case.prompt_length, case.prompt_length + _SPARE)
         taken = take_turns([short, long], case.runs)
         checks = [held.check(long)]
-        position = checkpoint.position_bytes(held.found.config, case.point(device).torch_dtype.itemsize)
+        point = case.point(device)
+        position = checkpoint.position_bytes(held.found.config, point.torch_dtype.itemsize, *point.cache_formats)
     ceiling.measure()
     added = median(one - other for one, other in zip(taken["long"], taken["short"], strict=True))
     expected = position * (case.prompt_length - _SHORT) / (ceiling.gb_per_s * 1e9)

@@ -6,21 +6,21 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from fastllama.cache.budget import CacheShape
 from fastllama.cache.float_cache import FloatCache
+from fastllama.cache.small_cache import SmallCache
 from fastllama.kernels import native
 from fastllama.kernels.attention import NATIVE_HEAD_DIMS
 from fastllama.kernels.linear import NATIVE_ROWS
+from fastllama.kernels.stored import FLOATS
 from fastllama.model.rotary import RotaryTable, is_stateful
 from fastllama.model.sources import all_modules, is_plain
 from fastllama.model.weights import Weights
-
-FORMAT_OF = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 def obstacle(model: nn.Module, shape: CacheShape) -> str | None:
     """Why this model's step, on a cache of this shape, cannot be one C++ call; None when it can."""
     if shape.device.type != "cpu":
         return "the model is not on a CPU"
-    if shape.dtype not in FORMAT_OF:
+    if shape.dtype not in FLOATS.values():
         return f"the model is in {shape.dtype}"
     if shape.batch_size > NATIVE_ROWS:
         return f"{shape.batch_size} rows are more than the {NATIVE_ROWS} it is for"
@@ -37,17 +37,7 @@ def obstacle(model: nn.Module, shape: CacheShape) -> str | None:
     for module in all_modules(model):
         if module not in activations and not is_plain(module, kinds.get(module, nn.Linear)):
             return f"a {type(module).__name__} of {type(module).__module__.split('.')[0]} takes part"
-    reason = native.load()
-    if reason is None and not shape.is_plain:
-        unread = [name for name in shape.formats if name not in _formats()]
-        reason = f"it does not read the cache format {unread[0]}" if unread else None
-    return reason
-
-
-def _formats() -> list[str]:
-    """The cache formats that the library's step reads, beside the model's own dtype."""
-    library = torch.ops.fastllama_native
-    return library.step_formats() if hasattr(library, "step_formats") else []
+    return native.load()
 
 
 def _products(weights: Weights) -> list:
@@ -55,10 +45,17 @@ def _products(weights: Weights) -> list:
     return [*(product for block in blocks for product in block), weights.lm_head]
 
 
+def _layers(cache: FloatCache | SmallCache) -> tuple[list, list]:
+    """The parts of each layer's keys, and of its values."""
+    if isinstance(cache, SmallCache):
+        return tuple([list(parts) for parts in side.layers] for side in (cache.keys, cache.values))
+    return [[keys] for keys in cache.keys], [[values] for values in cache.values]
+
+
 class NativeStep:
     """Appends ids [B, Q] to the cache it was made with; returns logits [B, Q, V]."""
 
-    def __init__(self, weights: Weights, cache: FloatCache, rotary: RotaryTable):
+    def __init__(self, weights: Weights, cache: FloatCache | SmallCache, rotary: RotaryTable):
         products = _products(weights)
         norms = [norm for block in weights.blocks for norm in (block.input_norm, block.post_norm)] + [weights.norm]
         self._step = torch.classes.fastllama_native.Step(
@@ -66,9 +63,8 @@ class NativeStep:
             [product.bias for product in products],
             [norm.weight for norm in norms],
             weights.embed.weight,
-            [[keys] for keys in cache.keys],
-            [[values] for values in cache.values],
-            [FORMAT_OF[cache.shape.dtype]] * 2,
+            *_layers(cache),
+            list(cache.shape.formats),
             cache.mask_B11S,
             cache.valid_past_index,
             rotary.cos_SD.contiguous(),

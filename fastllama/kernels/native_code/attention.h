@@ -117,10 +117,10 @@ inline void score(const typename Pairs<T, V>::Stored* query, const T* keys, int 
   }
 }
 
-// e^x for x <= 0, to 2 units in the last place: 2^n times a polynomial of the rest.
+// e^x for x <= 0, to 2 units in the last place: 2^n times a polynomial of the rest. What is no number stays so.
 inline f32x16 exp_of(f32x16 x) {
 #if defined(__AVX512F__)
-  const __m512 scaled = _mm512_max_ps((__m512)(x * 1.44269504089f), _mm512_set1_ps(-127.f));
+  const __m512 scaled = _mm512_max_ps(_mm512_set1_ps(-127.f), (__m512)(x * 1.44269504089f));
   const __m512 whole = _mm512_roundscale_ps(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const f32x16 t = (f32x16)_mm512_sub_ps(scaled, whole);
   f32x16 y = all(1.5403530e-4f) * t + 1.3333558e-3f;

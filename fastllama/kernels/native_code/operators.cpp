@@ -67,22 +67,25 @@ using CachedLayers = std::vector<std::vector<at::Tensor>>;  // the parts of each
 class Step : public torch::CustomClassHolder {
  public:
   // matrices and biases: qkv, o, gate and up, down of each layer, then the head. norms: input and post of each layer,
-  // then the last. keys and values: each layer's parts, in the two formats. sizes: heads, kv heads, head dim. numbers:
-  // attention scale, then each norm's epsilon.
+  // then the last. keys and values: each layer's parts, in the two formats. mask: none where nobody else reads one.
+  // sizes: heads, kv heads, head dim. numbers: attention scale, then each norm's epsilon.
   Step(std::vector<at::Tensor> matrices, std::vector<std::optional<at::Tensor>> biases, std::vector<at::Tensor> norms,
-       at::Tensor embedding, CachedLayers keys, CachedLayers values, std::vector<std::string> formats, at::Tensor mask,
+       at::Tensor embedding, CachedLayers keys, CachedLayers values, std::vector<std::string> formats,
+       std::optional<at::Tensor> mask,
        at::Tensor valid_past_index, at::Tensor cos, at::Tensor sin, std::vector<int64_t> sizes,
        std::vector<double> numbers)
       : matrices_(std::move(matrices)), biases_(std::move(biases)), norms_(std::move(norms)),
         keys_(std::move(keys)), values_(std::move(values)),
-        others_{embedding, mask, valid_past_index, cos, sin} {
+        others_{embedding, mask.value_or(cos), valid_past_index, cos, sin} {
     const size_t L = keys_.size();
     TORCH_CHECK(matrices_.size() == 4 * L + 1 && biases_.size() == matrices_.size() && norms_.size() == 2 * L + 1 &&
                     numbers.size() == norms_.size() + 1 && sizes.size() == 3 && values_.size() == L && formats.size() == 2,
                 "Step: the lists do not belong together");
-    for (const auto& tensor : {embedding, mask, cos, sin})
+    for (const auto& tensor : {embedding, others_[1], cos, sin})
       TORCH_CHECK(tensor.scalar_type() == embedding.scalar_type() && tensor.is_contiguous(), "Step: a tensor's layout");
-    const Sizes shape{sizes[0], sizes[1], sizes[2], mask.size(0), mask.numel() / mask.size(0), (float)numbers[0]};
+    TORCH_CHECK(L > 0 && !keys_[0].empty() && keys_[0][0].dim() == 4, "Step: keys are not [B, K, S, n]");
+    const Sizes shape{sizes[0], sizes[1], sizes[2], keys_[0][0].size(0), keys_[0][0].size(2), (float)numbers[0]};
+    TORCH_CHECK(!mask || mask->numel() == shape.batch * shape.positions, "Step: the mask is not of the cache's size");
     for (const auto* layers : {&keys_, &values_})
       for (const auto& parts : *layers)
         TORCH_CHECK(!parts.empty() && parts[0].dim() == 4 && parts[0].size(0) == shape.batch &&
@@ -101,7 +104,7 @@ class Step : public torch::CustomClassHolder {
       decoder.embedding = data<T>(others_[0]);
       decoder.norm = data<T>(norms_[2 * L]);
       decoder.eps = (float)numbers[2 * L + 1];
-      decoder.mask = others_[1].mutable_data_ptr<T>();
+      decoder.mask = mask ? others_[1].mutable_data_ptr<T>() : nullptr;
       decoder.valid_past_index = others_[2].mutable_data_ptr<int64_t>();
       decoder.cos = data<T>(others_[3]);
       decoder.sin = data<T>(others_[4]);
@@ -146,8 +149,8 @@ TORCH_LIBRARY(fastllama_native, library) {
   library.def("linear_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   library.class_<Step>("Step")
       .def(torch::init<std::vector<at::Tensor>, std::vector<std::optional<at::Tensor>>, std::vector<at::Tensor>,
-                       at::Tensor, CachedLayers, CachedLayers, std::vector<std::string>, at::Tensor, at::Tensor, at::Tensor,
-                       at::Tensor, std::vector<int64_t>, std::vector<double>>())
+                       at::Tensor, CachedLayers, CachedLayers, std::vector<std::string>, std::optional<at::Tensor>,
+                       at::Tensor, at::Tensor, at::Tensor, std::vector<int64_t>, std::vector<double>>())
       .def("run", &Step::run);
 }
 TORCH_LIBRARY_IMPL(fastllama_native, CPU, library) {

@@ -7,8 +7,7 @@
 #include <ATen/Parallel.h>
 #include <omp.h>
 
-#include "rows.h"
-#include "stored.h"
+#include "small_rows.h"
 
 namespace {
 

@@ -14,16 +14,6 @@ inline float exact(float x) {
   return x;
 }
 
-inline f32x16 exact(f32x16 x) {
-#if defined(__AVX512F__)
-  asm("" : "+v"(x));
-  return x;
-#else
-  for (int i = 0; i < 16; ++i) x[i] = exact(float(x[i]));
-  return x;
-#endif
-}
-
 inline float quotient(float x, float by) { return exact(exact(x) / exact(by)); }
 inline float inverse(float d) { return d == 0 ? 0 : quotient(1, d); }
 
@@ -31,6 +21,17 @@ inline bool is_finite(float x) {
   uint32_t bits;
   __builtin_memcpy(&bits, &x, 4);
   return (bits & 0x7f800000) != 0x7f800000;
+}
+
+// -0 becomes 0; the bits are hidden too, since the compiler may take the two for one.
+inline float positive_zero(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  asm("" : "+r"(bits));
+  if ((bits & 0x7fffffff) == 0) bits = 0;
+  asm("" : "+r"(bits));
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
 }
 
 // What is no number becomes 0.
@@ -78,8 +79,8 @@ inline void quantise_block(const float* x, Run& run, int64_t s, int b) {
       }
       low = std::min(low, x[i]), high = std::max(high, x[i]);
     }
-    if (low == 0) __builtin_memset(&low, 0, 4);  // never -0, which the compiler takes for the same
-    d = quotient(exact(high - low), kLevels);
+    low = positive_zero(low);
+    d = positive_zero(quotient(exact(high - low), kLevels));
     const float id = inverse(d);
     for (int i = 0; i < 32; ++i)
       numbers[i] = (uint8_t)std::clamp(whole(std::trunc(exact(exact(exact(x[i] - low) * id) + 0.5f))), 0.f, float(kLevels));

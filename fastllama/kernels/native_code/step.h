@@ -11,7 +11,7 @@
 #include <omp.h>
 
 #include "quantise.h"
-#include "rows.h"
+#include "small_rows.h"
 
 namespace {
 
@@ -50,7 +50,7 @@ class Decoder {
   float eps;
   const T* cos;  // [S, D]
   const T* sin;  // [S, D], its first half negated
-  T* mask;       // [B, S]
+  T* mask;       // [B, S], or null
   int64_t* valid_past_index;
 
   // Appends ids [B, Q]; writes logits [B, Q, V].
@@ -84,7 +84,7 @@ class Decoder {
       team(x_, head, t, n, [&](int64_t m, int64_t i, float y) { logits[m * head.N + i] = T(y); });
     }
     for (int64_t b = 0; b < sizes.batch; ++b) {
-      for (int64_t q = 0; q < Q; ++q) mask[b * sizes.positions + valid_past_index[b] + q] = T(0.f);
+      for (int64_t q = 0; mask && q < Q; ++q) mask[b * sizes.positions + valid_past_index[b] + q] = T(0.f);
       valid_past_index[b] += Q;
     }
   }

@@ -1,0 +1,381 @@
+// Attention to small caches: products are taken of the quants, and scales are applied to what they give. Few query rows
+// are multiplied in fp32; several, of a half-precision model, in integers of 16 bits for each query, or each block's
+// weights, with a scale of its own: that is finer than the 8 or 11 bits of the model's numbers.
+//
+// Legend: R query rows of one kv head, D head dim, V = D / 16, G groups of a row with a scale of their own, p position in
+// a block. A unit is two 16-bit integers.
+// The specification is torch.nn.functional.scaled_dot_product_attention in fp32 of fastllama.kernels.stored.expand.
+
+#pragma once
+
+#include "rows.h"
+#include "small_blocks.h"
+
+namespace {
+
+#if defined(FASTLLAMA_SMALL_BLOCKS)
+
+inline bool all_finite(f32x16 x) { return _mm512_fpclass_ps_mask((__m512)x, 0x99) == 0; }
+inline f32x16 lanes(const float* p) { return Wide<float>::stored(p); }
+inline float highest(f32x16 x) { return _mm512_reduce_max_ps((__m512)x); }
+
+// One or two rows
+
+template <int V, int R, int G>
+inline void score_small(const f32x16 (*query)[V], const float (*sums)[kMostGroups], const SmallBlock& keys, int count,
+                        const Ahead& ahead, float* scores) {
+  constexpr int kEach = V / G;
+  for (int p = 0; p < count; p += 4) {
+    f32x16 totals[R][4] = {};
+    if (ahead.at) ahead.ask(p * ahead.each, (p + 4) * ahead.each);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const int at = std::min(p + i, count - 1);
+      const int8_t* key = keys.quants + at * V * 16;
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) {
+        f32x16 part[R] = {};
+#pragma GCC unroll 8
+        for (int v = g * kEach; v < (g + 1) * kEach; ++v) {
+          const f32x16 numbers = widened(key + 16 * v);
+#pragma GCC unroll 2
+          for (int r = 0; r < R; ++r) part[r] += numbers * query[r][v];
+        }
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) totals[r][i] += G == 1 ? part[r] : part[r] * all(keys.scale[g][at]);
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      float four[4] = {};
+      add_sums4(totals[r], four);
+      __builtin_memcpy(scores + r * kBlock + p, four, 16);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int p = 0; p < count; p += 16) {
+      f32x16 y = lanes(scores + r * kBlock + p);
+      if (G == 1) y *= lanes(keys.scale[0] + p);
+      if (keys.has_least)
+        for (int g = 0; g < G; ++g) y += lanes(keys.least[g] + p) * all(sums[r][g]);
+      __builtin_memcpy(scores + r * kBlock + p, &y, 64);
+    }
+}
+
+template <int V, int R, int G>
+inline void mix_small(const float* weights, const SmallBlock& values, int count, const Ahead& ahead, const float* keep,
+                      float* mixed) {
+  constexpr int kPart = V < 4 ? V : V == 6 ? 3 : 4;
+  alignas(64) float scaled[R][G][kBlock];
+  float least[R][G] = {};
+  for (int r = 0; r < R; ++r)
+    for (int g = 0; g < G; ++g) {
+      f32x16 total = {};
+      for (int p = 0; p < kBlock; p += 16) {
+        const f32x16 w = lanes(weights + r * kBlock + p), y = w * lanes(values.scale[g] + p);
+        __builtin_memcpy(scaled[r][g] + p, &y, 64);
+        if (values.has_least) total += w * lanes(values.least[g] + p);
+      }
+      if (values.has_least) least[r][g] = sum(total);
+    }
+  for (int first = 0; first < V; first += kPart) {
+    f32x16 total[R][kPart];
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < kPart; ++v)
+        total[r][v] = lanes(mixed + (r * V + first + v) * 16) * all(keep[r]) + least[r][(first + v) * G / V];
+    for (int p = 0; p < count; ++p) {
+      if (ahead.at && first == 0) ahead.ask(p * ahead.each, (p + 1) * ahead.each);
+#pragma GCC unroll 4
+      for (int v = 0; v < kPart; ++v) {
+        const f32x16 value = widened(values.quants + (p * V + first + v) * 16);
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) total[r][v] += value * all(scaled[r][(first + v) * G / V][p]);
+      }
+    }
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < kPart; ++v) __builtin_memcpy(mixed + (r * V + first + v) * 16, &total[r][v], 64);
+  }
+}
+
+// As `attend` does. query: fp32 [R, D].
+template <typename T, int V, int R>
+void attend_small(const float* query, float scale, const Expanded<T, V>& keys, const Expanded<T, V>& values, int64_t begin,
+                  int64_t end, const int64_t* seen, const Partial& out) {
+  clear(out, R, V * 16);
+  alignas(64) thread_local SmallBlock key, value;
+  alignas(64) float scores[R * kBlock] = {};
+  f32x16 totals[R] = {}, row[R][V];
+  float sums[R][kMostGroups] = {};
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) row[r][v] = lanes(query + (r * V + v) * 16), sums[r][v / 2] += sum(row[r][v]);
+  for (int64_t s = begin; s < end; s += kBlock) {
+    const int count = (int)std::min<int64_t>(kBlock, end - s);
+    read_block<T, V>(keys.run, s, count, key);
+    for_groups<V>(keys.run.format, [&](auto groups) {
+      score_small<V, R, decltype(groups)::value>(row, sums, key, count, keys.ahead(s + kBlock, end), scores);
+    });
+    float keep[R];
+    for (int r = 0; r < R; ++r)
+      keep[r] = weigh(scores + r * kBlock, scale, std::min<int64_t>(count, seen[r] - s), out.maximum[r], totals[r]);
+    read_block<T, V>(values.run, s, count, value);
+    for_groups<V>(values.run.format, [&](auto groups) {
+      mix_small<V, R, decltype(groups)::value>(scores, value, count, values.ahead(s + kBlock, end), keep, out.mixed);
+    });
+  }
+  for (int r = 0; r < R; ++r) out.total[r] = sum(totals[r]);
+}
+
+// Several rows
+
+// Quants [count, D] as units [D / 2, kBlock]. Of each four numbers the first and third are one unit, the others the next.
+template <int V>
+inline void pack_small_keys(const int8_t* quants, int count, int32_t* packed) {
+  constexpr int D = V * 16;
+  for (int p = 0; p < count; p += 16) {
+#pragma GCC unroll 2
+    for (int d = 0; d < D; d += 64) {
+      const int width = std::min(64, D - d);
+      const __mmask64 mask = ~0ull >> (64 - width);
+      f32x16 rows[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i)
+        rows[i] = (f32x16)_mm512_maskz_loadu_epi8(mask, quants + std::min(p + i, count - 1) * D + d);
+      alignas(64) float columns[16 * 16];
+      transpose16(rows, columns, 16);
+#pragma GCC unroll 16
+      for (int u = 0; u < width / 4; ++u) {
+        const __m512i four = _mm512_load_si512(columns + 16 * u);
+        int32_t* to = packed + (d / 2 + 2 * u) * kBlock + p;
+        _mm512_store_si512(to, _mm512_srai_epi16(_mm512_slli_epi16(four, 8), 8));
+        _mm512_store_si512(to + kBlock, _mm512_srai_epi16(four, 8));
+      }
+    }
+  }
+}
+
+// Quants [count, D] as units [count / 2, D]: a number of one position and the same number of the next.
+template <int V>
+inline void pack_small_values(const int8_t* quants, int count, int32_t* packed) {
+  constexpr int D = V * 16;
+  for (int p = 0; p < count; p += 2)
+#pragma GCC unroll 8
+    for (int d = 0; d < D; d += 16) {
+      const int8_t* from = quants + p * D + d;
+      const __m512i even = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from));
+      const __m512i odd = p + 1 < count ? _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(from + D))) : __m512i{};
+      _mm512_store_si512(packed + p / 2 * D + d, _mm512_mask_blend_epi16(0xAAAAAAAA, even, _mm512_slli_epi32(odd, 16)));
+    }
+}
+
+// 16-bit integers near x * factor.
+inline __m256i integers(f32x16 x, float factor) { return _mm512_cvtepi32_epi16(_mm512_cvtps_epi32((__m512)(x * all(factor)))); }
+
+constexpr float kMostInteger = 32767;
+constexpr float kLeastBound = 1e-30f;  // below it there is nothing to scale
+
+template <int N, int C>
+inline void small_products(const int32_t* left, int reach, const int32_t* packed, int width, int units, Asking& asking,
+                           __m512i (*totals)[C]) {
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) totals[n][c] = __m512i{};
+  for (int u = 0; u < units; ++u) {
+    asking.ask();
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n)
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c)
+        totals[n][c] = _mm512_dpwssd_epi32(totals[n][c], _mm512_load_si512(packed + u * width + 16 * c),
+                                           _mm512_set1_epi32(left[n * reach + u]));
+  }
+}
+
+// What several rows keep beside the block: their queries in integers, the scale of each, the sum of each group.
+template <int V>
+struct SmallQuery {
+  static constexpr int kUnits = V * 8;
+  std::vector<int32_t> units;
+  std::vector<float> scale, sums;  // [R], [R, kMostGroups]
+
+  void take(const float* query, int R) {
+    units.resize(R * kUnits), scale.resize(R), sums.assign(R * kMostGroups, 0.f);
+    for (int r = 0; r < R; ++r) {
+      const float* row = query + r * V * 16;
+      f32x16 top = {};
+      bool finite = true;
+      for (int v = 0; v < V; ++v) {
+        const f32x16 x = lanes(row + 16 * v);
+        sums[r * kMostGroups + v / 2] += sum(x);
+        top = (f32x16)_mm512_max_ps((__m512)top, _mm512_abs_ps((__m512)x));
+        finite &= all_finite(x);
+      }
+      const float bound = highest(top);
+      scale[r] = finite ? bound / kMostInteger : std::numeric_limits<float>::quiet_NaN();
+      const float factor = finite && bound > kLeastBound ? kMostInteger / bound : 0.f;
+      // Of numbers 4 u .. 4 u + 3 the middle two change places: see pack_small_keys.
+      for (int v = 0; v < V; ++v) {
+        const __m512 x = _mm512_permute_ps((__m512)lanes(row + 16 * v), 0xD8);
+        _mm256_storeu_si256((__m256i*)(&units[r * kUnits + 8 * v]), integers((f32x16)x, factor));
+      }
+    }
+  }
+};
+
+template <int V, int N, int G>
+inline void score_small_rows(const SmallQuery<V>& query, int r0, const int32_t* packed, const SmallBlock& keys,
+                             Asking& asking, float* scores) {
+  constexpr int kUnits = V * 8, kEach = kUnits / G;
+#pragma GCC unroll 1
+  for (int g = 0; g < G; ++g) {
+    __m512i totals[N][4];
+    small_products<N, 4>(&query.units[r0 * kUnits + g * kEach], kUnits, packed + g * kEach * kBlock, kBlock, kEach, asking,
+                         totals);
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+      const f32x16 scale = lanes(keys.scale[g] + 16 * c);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        float* at = scores + n * kBlock + 16 * c;
+        f32x16 y = (f32x16)_mm512_cvtepi32_ps(totals[n][c]) * scale * all(query.scale[r0 + n]);
+        if (keys.has_least) y += lanes(keys.least[g] + 16 * c) * all(query.sums[(r0 + n) * kMostGroups + g]);
+        if (g > 0) y += lanes(at);
+        __builtin_memcpy(at, &y, 64);
+      }
+    }
+  }
+}
+
+template <int V, int N, int G>
+inline void mix_small_rows(const float* weights, const int32_t* packed, const SmallBlock& values, const float* bounds,
+                           int units, const float* keep, Asking& asking, float* mixed) {
+  constexpr int kEach = V / G, kPart = kEach == 6 ? 3 : std::min(kEach, 4);
+  float top[N];
+  for (int n = 0; n < N; ++n) {
+    const float* w = weights + n * kBlock;
+    top[n] = highest((f32x16)_mm512_max_ps(_mm512_max_ps((__m512)lanes(w), (__m512)lanes(w + 16)),
+                                           _mm512_max_ps((__m512)lanes(w + 32), (__m512)lanes(w + 48))));
+  }
+#pragma GCC unroll 1
+  for (int g = 0; g < G; ++g) {
+    alignas(64) int32_t pairs[N][kBlock / 2];
+    float scale[N], least[N] = {};
+    for (int n = 0; n < N; ++n) {
+      const float bound = top[n] * bounds[g], factor = bound > kLeastBound ? kMostInteger / bound : 0.f;
+      scale[n] = bound / kMostInteger;
+      f32x16 total = {};
+#pragma GCC unroll 4
+      for (int p = 0; p < kBlock; p += 16) {
+        const f32x16 w = lanes(weights + n * kBlock + p);
+        _mm256_store_si256((__m256i*)(pairs[n] + p / 2), integers(w * lanes(values.scale[g] + p), factor));
+        if (values.has_least) total += w * lanes(values.least[g] + p);
+      }
+      if (values.has_least) least[n] = sum(total);
+    }
+#pragma GCC unroll 1
+    for (int v = g * kEach; v < (g + 1) * kEach; v += kPart) {
+      __m512i totals[N][kPart];
+      small_products<N, kPart>(pairs[0], kBlock / 2, packed + 16 * v, V * 16, units, asking, totals);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n)
+#pragma GCC unroll 4
+        for (int c = 0; c < kPart; ++c) {
+          float* at = mixed + (n * V + v + c) * 16;
+          const f32x16 y = lanes(at) * all(keep[n]) + (f32x16)_mm512_cvtepi32_ps(totals[n][c]) * all(scale[n]) + least[n];
+          __builtin_memcpy(at, &y, 64);
+        }
+    }
+  }
+}
+
+// As `attend_rows` does. query: fp32 [R, D].
+template <typename T, int V>
+void attend_small_rows(const float* query, float scale, const Expanded<T, V>& keys, const Expanded<T, V>& values,
+                       int64_t begin, int64_t end, const int64_t* seen, int R, const Partial& out) {
+  constexpr int D = V * 16;
+  clear(out, R, D);
+  alignas(64) thread_local SmallBlock key, value;
+  alignas(64) thread_local int32_t packed_keys[D / 2 * kBlock], packed_values[kBlock / 2 * D];
+  alignas(64) float scores[kRows * kBlock];
+  thread_local std::vector<f32x16> totals;
+  thread_local SmallQuery<V> asked;
+  totals.assign(R, f32x16{});
+  asked.take(query, R);
+  const int calls = (R + kRows - 1) / kRows * (V * 8 + kBlock / 2 * (V + 3) / 4);
+  for (int64_t s = begin; s < end; s += kBlock) {
+    const int count = (int)std::min<int64_t>(kBlock, end - s);
+    read_block<T, V>(keys.run, s, count, key);
+    pack_small_keys<V>(key.quants, count, packed_keys);
+    read_block<T, V>(values.run, s, count, value);
+    pack_small_values<V>(value.quants, count, packed_values);
+    float bounds[kMostGroups];
+    for (int g = 0; g < (values.run.format == Format::int8 ? 1 : V / 2); ++g) {
+      f32x16 top = {};
+      bool finite = true;
+      for (int p = 0; p < kBlock; p += 16) {
+        const f32x16 x = lanes(value.scale[g] + p);
+        finite &= all_finite(x);
+        top = (f32x16)_mm512_max_ps((__m512)top, _mm512_abs_ps((__m512)x));
+      }
+      bounds[g] = finite ? highest(top) : std::numeric_limits<float>::quiet_NaN();
+    }
+    const int64_t later = std::clamp<int64_t>(end - s - kBlock, 0, kBlock);
+    Asking asking(keys.ahead(s + kBlock, end), values.ahead(s + kBlock, end), later, calls);
+    for (int r0 = 0; r0 < R; r0 += kRows) {
+      const int rows = std::min(kRows, R - r0);
+      if (*std::max_element(seen + r0, seen + r0 + rows) <= s) continue;
+      auto each = [&](auto n) {
+        constexpr int N = decltype(n)::value;
+        for_groups<V>(keys.run.format, [&](auto groups) {
+          score_small_rows<V, N, decltype(groups)::value>(asked, r0, packed_keys, key, asking, scores);
+        });
+        float keep[N];
+        for (int r = 0; r < N; ++r) {
+          const int64_t visible = std::min<int64_t>(count, seen[r0 + r] - s);
+          keep[r] = weigh(scores + r * kBlock, scale, visible, out.maximum[r0 + r], totals[r0 + r]);
+        }
+        for_groups<V>(values.run.format, [&](auto groups) {
+          mix_small_rows<V, N, decltype(groups)::value>(scores, packed_values, value, bounds, (count + 1) / 2, keep, asking,
+                                                        out.mixed + (int64_t)r0 * D);
+        });
+      };
+      switch (rows) {
+        case 1: each(std::integral_constant<int, 1>{}); break;
+        case 2: each(std::integral_constant<int, 2>{}); break;
+        case 3: each(std::integral_constant<int, 3>{}); break;
+        default: each(std::integral_constant<int, 4>{}); break;
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) out.total[r] = sum(totals[r]);
+}
+
+// Where both sides are small. `units` as rows of T where T is multiplied in pairs, else fp32.
+template <typename T, int V>
+void attend_group(const float* units, float scale, const Expanded<T, V>& keys, const Expanded<T, V>& values, int64_t begin,
+                  int64_t end, const int64_t* seen, int R, const Partial& out) {
+  const bool small = !is_float(keys.run.format) && !is_float(values.run.format);
+  if (!small || (R > 2 && std::is_same_v<T, float>))
+    return attend_group<T, V, Expanded<T, V>, Expanded<T, V>>(units, scale, keys, values, begin, end, seen, R, out);
+  thread_local std::vector<float> wide;
+  const float* query = units;
+  if constexpr (kNumbers<T, V> == 2) {
+    wide.resize((int64_t)R * V * 16);
+    for (int64_t i = 0; i < (int64_t)R * V; ++i) {
+      const f32x16 x = Wide<T>::weight((const T*)units + 16 * i);
+      __builtin_memcpy(&wide[16 * i], &x, 64);
+    }
+    query = wide.data();
+  }
+  if (R == 1) return attend_small<T, V, 1>(query, scale, keys, values, begin, end, seen, out);
+  if (R == 2) return attend_small<T, V, 2>(query, scale, keys, values, begin, end, seen, out);
+  if constexpr (!std::is_same_v<T, float>)
+    attend_small_rows<T, V>(query, scale, keys, values, begin, end, seen, R, out);
+}
+
+#endif
+
+}  // namespace
