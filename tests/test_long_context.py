@@ -123,10 +123,10 @@ def test_a_cache_longer_than_its_use_and_one_new_token(tiny, tmp_path, capsys, h
     sizes = ["--prompt-length", "40", "--new-tokens", "1", "--cache-length", "300"]
     assert run("--model", tiny, *SMALL, *sizes, *how, "--json", file) == 0
     (point,) = read(file)
-    assert point["cache_length"] == 300 and point["parity"] == "exact"
+    assert point["cache_length"] == 300 and point["parity"] == "exact" and point["predicted_mb"] > 1
     assert point["decode_tok_per_s"] is point["row_tok_per_s"] is point["decode_speedup"] is None
     out = " ".join(capsys.readouterr().out.split())
-    assert "prefill " in out and "and no decode step: one new token" in out and "cache 300" in out
+    assert "peak predicted before loading" in out and "prefill " in out and "and no decode step: one new token" in out and "cache 300" in out
 
 
 @pytest.mark.usefixtures("light", "logs")

@@ -102,8 +102,8 @@ ENVIRONMENT = {
     "variables": object_,
 }
 _DIVERGENCE = {"row": small_count, "position": small_count, "margin": or_null(number)}
-# A point without one took the likeliest token.
-_OPTIONAL = {"sampler": object_}
+# A point without a sampler took the likeliest token. MB (10^6 bytes), before anything was loaded.
+_OPTIONAL = {"sampler": object_, "predicted_mb": number}
 
 
 def _no_path(value) -> bool:

@@ -72,6 +72,8 @@ def _notes(point: dict, is_random: bool) -> list:
         f"warm-up {_seconds(point['warmup_s'])}; recompiles after warm-up: {point['recompiles_after_warmup']}; "
         f"medians of {len(point['runs'])}"
     )
+    if "predicted_mb" in point:
+        lines.append(f"peak predicted before loading: {number(point['predicted_mb'])} MB")
     found = point["first_divergence"]
     if found is not None:
         margin = found["margin"]
