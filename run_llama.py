@@ -76,6 +76,12 @@ def _parser() -> argparse.ArgumentParser:
         help="compile ours, or without --preallocate vanilla's forward; fullgraph is another word for static; native "
         "is one C++ call a step",
     )
+    what.add_argument(
+        "--static-cache",
+        action="store_true",
+        default=None,
+        help="transformers' own model with its StaticCache of --cache-length positions",
+    )
     what.add_argument("--bucket", type=_size, help="cache positions that a step reads are rounded up to this")
     what.add_argument("--prefill-chunk", type=_size, help="prompt tokens per prefill pass")
     what.add_argument("--fuse", help="which products that share an input run as one: all, qkv or no")
@@ -88,7 +94,11 @@ def _parser() -> argparse.ArgumentParser:
     sizes.add_argument("--batch-size", type=_sizes, help=f"rows ({BATCH_SIZES})")
     sizes.add_argument("--prompt-length", type=_sizes, help=f"tokens of the longest row ({PROMPT_LENGTHS})")
     sizes.add_argument("--new-tokens", type=_sizes, help=f"tokens to generate ({NEW_TOKENS})")
-    sizes.add_argument("--cache-length", type=_size, help="positions to preallocate (prompt + new tokens)")
+    sizes.add_argument(
+        "--cache-length",
+        type=_size,
+        help="positions to reserve, used or not (prompt + new tokens)",
+    )
     sizes.add_argument("--prompt-file", help="UTF-8 text to cut prompts from (the demo's held-out text)")
     sizes.add_argument("--seed", type=_count, help="which places of the text, and where draws begin (0)")
     drawing = parser.add_argument_group("the sampler (transformers' names and meanings; greedy by default)")
@@ -104,13 +114,18 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="WHAT",
-        help="batch (1 to 128), length (prompts of 100 to 1600 tokens), name=value,value,... for any option above, or "
-        "FILE.toml; several make a product",
+        help="batch (1 to 128), length (prompts of 100 to 1600 tokens), name=value,value,... for any option above, "
+        "FILE.toml, or the name of a table that ships with the package, such as memory-table; several make a product",
     )
     how.add_argument("--dry-run", action="store_true", help="print the points, about how long they take, and stop")
     how.add_argument("--retry-failed", action="store_true", help="with --sweep: measure failed points again")
     how.add_argument("--profile", action="store_true", help="trace one run of 10 new tokens instead of timing")
     how.add_argument("--memory-profile", action="store_true", help="watch the memory of one run instead of timing it")
+    how.add_argument(
+        "--memory-only",
+        action="store_true",
+        help="predict and measure the peak of memory of what runs, by one run of it, and time nothing",
+    )
     how.add_argument("--profile-point", metavar="NAME", help="the one point to profile, such as batch_size=8")
     out = parser.add_argument_group("what is kept")
     out.add_argument("--json", type=Path, metavar="FILE", help="append each point as one line; a sweep resumes from it")
@@ -138,6 +153,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"{profiled} leaves {left} and no record: leave out --json, --record and --format")
     if options.profile_point is not None and profiled is None:
         parser.error("--profile-point belongs to --profile and --memory-profile")
+    if options.memory_only and (profiled or options.record):
+        parser.error("--memory-only measures no speed: leave out --profile, --memory-profile and --record")
     if options.retry_failed and not options.sweep:
         parser.error("--retry-failed belongs to --sweep")
     if options.dry_run and (profiled or options.record):
@@ -205,7 +222,8 @@ def _run(options: argparse.Namespace) -> int:
     if file is None and options.sweep:
         file = LOGS / "sweeps" / plan.file_name
     if options.dry_run:
-        console.print(dry_run.table(plan, file if options.sweep else None, options.retry_failed))
+        held = file if options.sweep else None
+        console.print(dry_run.table(plan, held, options.retry_failed, options.memory_only))
         return 0
     if options.sweep:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -215,8 +233,10 @@ def _run(options: argparse.Namespace) -> int:
         if options.record is not None:
             print(f"recorded: {record.save(point, options.record, options.predict, options.commit)}", file=console.file)
 
-    with progress(sum(measure.steps(point) for point in points)) as begin:
+    steps = 3 * len(points) if options.memory_only else sum(measure.steps(point) for point in points)
+    with progress(steps) as begin:
         how = {"resume": bool(options.sweep), "retry_failed": options.retry_failed}
+        how["only_memory"] = options.memory_only
         entries = sweep.run(plan, file=file, begin=begin, show=show, say=_say, **how)
     if len(points) > 1:
         console.print(sweep_table.summary(plan, entries))

@@ -16,6 +16,7 @@ setup(
     packages=find_packages(include=["fastllama", "fastllama.*"]),
     package_data={
         "fastllama.kernels": ["native_code/*"],
+        "fastllama.lab": ["sweeps/*.toml"],
         "fastllama.demo": [
             "heldout/*",
             "weights/*.json",

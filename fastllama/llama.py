@@ -11,6 +11,7 @@ from transformers.utils import logging
 from fastllama.decode.engine import Engine
 from fastllama.decode.loop import sample_loop
 from fastllama.decode.prompt import unpad
+from fastllama.decode.reservation import within
 from fastllama.decode.support import call_obstacle, model_obstacle
 from fastllama.model.config import FastConfig
 from fastllama.model.small_linear import held_format
@@ -67,14 +68,21 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
 
     @_on_ordinary_tensors
     def preallocate(
-        self, batch_size: int = 1, cache_length: int | None = None, config: FastConfig | None = None, **switches
+        self,
+        batch_size: int = 1,
+        cache_length: int | None = None,
+        config: FastConfig | None = None,
+        memory: int | str | None = None,
+        **switches,
     ) -> int:
         """Reserves, compiles and warms up now; returns the bytes that the reservation takes.
 
         `cache_length` counts prompt and new tokens of a row (default: max_position_embeddings). `switches` are fields
-        of `FastConfig`, for `config` left out; the others are as `from_pretrained` was told. Raises `ValueError` for a
-        value that is not allowed or a model that the fast path cannot run, `MemoryError` for what does not fit, and
-        keeps the earlier reservation then.
+        of `FastConfig`, for `config` left out; the others are as `from_pretrained` was told. `memory` ("24GB", "16GiB",
+        or bytes) is what weights and cache may take together: keys and values get the most exact format that fits,
+        unless cache_k or cache_v says which; `path` then says what was chosen. Raises `ValueError` for a value that is
+        not allowed or a model that the fast path cannot run, `MemoryError` for what does not fit, and keeps the earlier
+        reservation then.
         """
         if config is not None and switches:
             raise ValueError("pass either config or single switches to preallocate, not both")
@@ -88,6 +96,8 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
             raise ValueError(f"preallocate cannot be honoured: {obstacle}")
         longest = self.config.max_position_embeddings
         cache_length = longest if cache_length is None else cache_length
+        if memory is not None:
+            config = within(self, batch_size, cache_length, config, memory)
         nbytes = self._engine.preallocate(self, batch_size, cache_length, config)
         if cache_length > longest:
             logger.warning(

@@ -39,7 +39,7 @@ def test_every_switch_workload_field_and_sampler_option_can_be_swept():
     sizes = {part.name for part in fields(Workload)} - {"sampler"}
     sampler = {part.name for part in fields(Sampler)}
     assert option.OPTIONS.keys() == switches | sizes | sampler | {
-        "model", "dtype", "device", "preallocate", "cache_length",
+        "model", "dtype", "device", "preallocate", "cache_length", "static_cache",
     }  # fmt: skip
     flags = run_llama._parse([]).__dict__.keys()
     assert option.OPTIONS.keys() <= flags
@@ -163,7 +163,7 @@ def test_what_does_not_go_together_is_left_out_with_the_reason():
 @pytest.mark.parametrize(
     ("sweeps", "given", "words"),
     [
-        (["nonsense"], {}, "--sweep 'nonsense' is not batch, length, name=value,value,... or a .toml file"),
+        (["nonsense"], {}, "--sweep 'nonsense' is not batch, length, batch-table, "),
         (["nonsense=1"], {}, "'nonsense' is no option of a point; there are model, "),
         (["batch_size="], {}, "batch_size has no value to sweep; allowed: an integer >= 1"),
         (["batch_size=1,x"], {}, "batch_size='x' is not allowed; allowed: an integer >= 1"),

@@ -33,8 +33,8 @@ def test_the_bytes_of_a_configuration_are_those_of_the_loaded_model(weights, tie
     ours, _ = checkpoint.load(
         found, type(small.load(folder, weights)), torch.float32, CPU, fast=FastConfig(weights=weights)
     )
-    assert found.weight_bytes(4, weights) == bytes_held(ours)
-    assert found.weight_bytes(2, None) == 2 * found.parameter_count
+    assert found.weight_bytes(torch.float32, weights) == bytes_held(ours)
+    assert found.weight_bytes(torch.bfloat16, None) == 2 * found.parameter_count
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -100,7 +100,7 @@ def test_estimates_follow_the_bytes():
 def test_both_copies_must_fit(tiny, monkeypatch):
     point = small_point("inflated:tinyllama-1.1b", dtype="bf16")
     found = checkpoint.outline(point.model, point.torch_dtype)
-    floats, few = found.weight_bytes(2, None), found.weight_bytes(2, "int8")
+    floats, few = found.weight_bytes(torch.bfloat16, None), found.weight_bytes(torch.bfloat16, "int8")
     monkeypatch.setattr(checkpoint, "available_bytes", lambda device: floats + few // 2)
     with pytest.raises(MemoryError, match=f"takes {(floats + few) / 1e9:.1f}"):
         checkpoint.require_room(found, point)

@@ -12,6 +12,7 @@ from fastllama.cache.budget import CacheShape, require
 from fastllama.cache.float_cache import FloatCache
 from fastllama.cache.small_cache import SmallCache, cache_for
 from fastllama.decode.binding import Binding, chooser, require_weights
+from fastllama.decode.chunks import automatic_chunk
 from fastllama.decode.prompt import Prompt
 from fastllama.decode.reservation import bytes_for, implicit_length, require_fit, same_but_longer, shape_for
 from fastllama.model.capture import CapturedStep
@@ -194,7 +195,7 @@ class Engine:
         device = self.cache.shape.device
         tokens_BP, lengths = prompt.tokens.to(device), prompt.lengths.to(device)
         batch, total = tokens_BP.shape[:2]
-        size = chunk or self.config.prefill_chunk or total
+        size = chunk or self.config.prefill_chunk or automatic_chunk(batch, total, device.type)
         cos_BPD, sin_BPD = self.rotary.for_prompt(total, prompt.columns, prompt.width, chunk)
         last_BE = None
         for past in range(0, total, size):

@@ -5,6 +5,8 @@ from dataclasses import replace
 from torch import nn
 
 from fastllama.cache.budget import CacheShape
+from fastllama.cache.footprint import best_fitting
+from fastllama.decode.memory_size import parse_size
 from fastllama.model.config import FastConfig
 from fastllama.model.rotary import is_stateful
 
@@ -34,6 +36,19 @@ def shape_for(model: nn.Module, batch_size: int, cache_length: int, config: Fast
     )
     shape.check_formats()
     return shape
+
+
+def within(model: nn.Module, batch_size: int, cache_length: int, config: FastConfig, memory: int | str) -> FastConfig:
+    """`config` with the most exact formats of the cache that leave model and cache within `memory` (24GB, or bytes).
+
+    The weights count as they are held. Raises `ValueError` for what is no size, `MemoryError` with what the smallest
+    cache needs where none fits.
+    """
+    held = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    budget = parse_size(memory) - sum(held.values())
+    shape = shape_for(model, batch_size, cache_length, config)
+    found = best_fitting(shape, budget, lambda one: bytes_for(model, one))
+    return replace(config, cache_k=found.cache_k, cache_v=found.cache_v)
 
 
 def bytes_for(model: nn.Module, shape: CacheShape) -> int:

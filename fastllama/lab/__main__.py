@@ -1,4 +1,4 @@
-"""python -m fastllama.lab: render the log, note a prediction, score, draw, export, and fill TensorBoard."""
+"""python -m fastllama.lab: render the log, note a prediction, score, draw, export, plan memory, fill TensorBoard."""
 
 import argparse
 import sys
@@ -11,6 +11,8 @@ from fastllama.lab import (
     doctor,
     evaluation,
     export,
+    memory_table,
+    planner,
     plot,
     readme,
     record,
@@ -43,6 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.arguments(commands)
 
     plot.arguments(commands)
+    planner.arguments(commands)
+    memory_table.arguments(commands)
     return parser
 
 
@@ -73,6 +77,10 @@ def _run(arguments) -> int:
         return doctor.run(arguments)
     if arguments.command == "plot":
         return plot.run(arguments)
+    if arguments.command == "plan":
+        return planner.run(arguments)
+    if arguments.command == "memory-table":
+        return memory_table.run(arguments)
     if arguments.command == "compare":
         return compare.run(arguments)
     if arguments.command == "eval":

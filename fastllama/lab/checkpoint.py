@@ -17,7 +17,8 @@ from fastllama.kernels.blocks import FORMATS
 from fastllama.lab.environment import has_bf16_products
 from fastllama.lab.fault import explained, sentence
 from fastllama.lab.point import Point
-from fastllama.model.small_loading import METHOD, small_bytes
+from fastllama.model import footprint
+from fastllama.model.small_loading import METHOD
 
 # Above this many parameters a CPU that multiplies bf16 is better off with half the bytes.
 _HALF_ABOVE = 500_000_000
@@ -37,13 +38,9 @@ class Checkpoint:
         """Parameters, each tied one counted once."""
         return sum(parameter.numel() for parameter in self._outline().parameters())
 
-    def weight_bytes(self, itemsize: int, weights: str | None) -> int:
+    def weight_bytes(self, dtype: torch.dtype, weights: str | None) -> int:
         """Bytes of the weights, each tied one counted once: in `weights`, a name of `WEIGHTS`, or as floats."""
-        model = self._outline()
-        if weights is None:
-            return sum(parameter.numel() for parameter in model.parameters()) * itemsize
-        small = {id(matrix.weight): nbytes for matrix, nbytes in small_bytes(model, weights)}
-        return sum(small.get(id(parameter), parameter.numel() * itemsize) for parameter in model.parameters())
+        return footprint.weight_bytes(self.config, weights, dtype).total
 
     def _outline(self) -> VanillaLlama:
         with torch.device("meta"):
@@ -121,9 +118,9 @@ def auto_dtype(name: str, device: str) -> str:
 def require_room(checkpoint: Checkpoint, point: Point) -> None:
     """Raises `MemoryError` before any work if the weights and one cache cannot fit."""
     device, itemsize = torch.device(point.device), point.torch_dtype.itemsize
-    weights = checkpoint.weight_bytes(itemsize, None)
+    weights = checkpoint.weight_bytes(point.torch_dtype, None)
     if point.weights is not None:  # transformers' own model has floats of its own beside them
-        weights += checkpoint.weight_bytes(itemsize, point.weights)
+        weights += checkpoint.weight_bytes(point.torch_dtype, point.weights)
     cache = position_bytes(checkpoint.config, itemsize) * point.workload.batch_size * point.positions
     free = available_bytes(device)
     if weights + cache > free:

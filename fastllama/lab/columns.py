@@ -72,7 +72,7 @@ _MEASURED = [
     *_plain("speed", float, "row_tok_per_s"),
     *_with_spread("vanilla_", baseline=True),
     *_plain("ceiling", float, "read_gb_per_s", "ceiling_gb_per_s", "ceiling_fraction"),
-    *_plain("memory", float, "max_mem_mb", "max_reserved_mb", "mapped_weights_mb", digits=1),
+    *_plain("memory", float, "max_mem_mb", "max_reserved_mb", "mapped_weights_mb", "predicted_mb", digits=1),
     *_plain("memory", float, "max_mem_mb", "max_reserved_mb", under="baseline", prefix="vanilla_", digits=1),
     *_plain("time", float, "load_s", "compile_s", "warmup_s"),
     Column("runs", int, "time", lambda point: len(point.get("runs", []))),

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, field
 
 import torch
+from transformers import StaticCache
 
 import fastllama
 from fastllama.lab import checkpoint, vanilla
@@ -28,7 +29,7 @@ def synchronize(device: torch.device) -> None:
 class Contestant:
     """One way to generate, and what was seen of it. Times in seconds."""
 
-    name: str  # "ours", "vanilla" or "compiled"
+    name: str  # "ours", "vanilla", "compiled" or "static"
     model: torch.nn.Module
     load_s: float | None = None
     compile_s: float = 0.0
@@ -38,14 +39,14 @@ class Contestant:
     sampler: Sampler = field(default_factory=Sampler)
     seed: int = 0
     reserved_bytes: int | None = None  # what `preallocate` took
+    prefill_chunk: int | None = None  # transformers' prefill_chunk_size; ours has it as a switch
+    positions: int | None = None  # that "static" reserves
     _path: str | None = None
 
     def generate(self, prompt: Prompt, new_tokens: int) -> tuple[torch.Tensor, float]:
         """(new ids int64 [B, N] on the CPU, seconds of the call); exactly `new_tokens`, drawn from the seed anew."""
         device = self.model.device
         input_ids, attention_mask = prompt.input_ids.to(device), prompt.attention_mask.to(device)
-        # transformers would compile a static cache's forward by itself on a GPU; ours is compiled already.
-        extra = {"cache_implementation": "static", "disable_compile": True} if self.name == "compiled" else {}
         with torch.no_grad(), explained(f"{self.name}, batch {len(input_ids)}, generating"):
             if self.sampler.do_sample:
                 torch.manual_seed(self.seed)
@@ -57,7 +58,7 @@ class Contestant:
                 min_new_tokens=new_tokens,
                 max_new_tokens=new_tokens,
                 **self.sampler.arguments,
-                **extra,
+                **self._extra(),
             )
             synchronize(device)
             seconds = time.perf_counter() - start
@@ -65,6 +66,17 @@ class Contestant:
         if new_ids.shape != (len(input_ids), new_tokens):
             raise RuntimeError(f"{self.name} returned {tuple(new_ids.shape)} new tokens and not {new_tokens} a row")
         return new_ids, seconds
+
+    def _extra(self) -> dict:
+        """Arguments of `generate` that only this contestant has."""
+        extra = {} if self.prefill_chunk is None else {"prefill_chunk_size": self.prefill_chunk}
+        if self.name == "compiled":
+            # transformers would compile a static cache's forward by itself on a GPU; ours is compiled already.
+            extra |= {"cache_implementation": "static", "disable_compile": True}
+        elif self.name == "static":
+            cache = StaticCache(config=self.model.config, max_cache_len=self.positions)
+            extra |= {"past_key_values": cache, "disable_compile": True}
+        return extra
 
     def warm_up(self, prompt: Prompt, new_tokens: int, times: int) -> None:
         """Run both timed calls `times` times. The longer comes first, so that a static cache has its final size."""
@@ -132,6 +144,10 @@ def load_alone(point: Point, found: Checkpoint, name: str, pad: int) -> Contesta
     model, seconds = checkpoint.load(found, cls, point.torch_dtype, torch.device(point.device), **fast)
     vanilla.plain_greedy(model, pad)
     contestant = Contestant(name, model, seconds, sampler=point.workload.sampler, seed=point.workload.seed)
+    contestant.prefill_chunk = None if name == "ours" else point.prefill_chunk
+    if name == "static":
+        contestant.positions = point.positions
+        contestant._path = f"transformers, eager, static cache of {point.positions}"
     if name == "ours":
         contestant.compile_s, contestant.reserved_bytes = _preallocate(model, point)
     elif name == "compiled":
@@ -154,4 +170,5 @@ def load_all(point: Point, found: Checkpoint, pad: int) -> list[Contestant]:
         model = vanilla.share(subject.model, found.config)
         model.generation_config = subject.model.generation_config
         others.append(Contestant(name, model, sampler=subject.sampler, seed=subject.seed))
+        others[-1].prefill_chunk = None if point.preallocate else point.prefill_chunk
     return [subject, *others]

@@ -6,7 +6,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from fastllama.lab import estimate, peak, points_file, sweep
+from fastllama.lab import estimate, peak, sweep
 from fastllama.lab.plan import Plan
 
 TO_DO, NO_ROOM, LEFT_OUT = "to do", "does not fit", "left out"
@@ -14,13 +14,13 @@ TO_DO, NO_ROOM, LEFT_OUT = "to do", "does not fit", "left out"
 
 def _state(entry: dict | None, retry_failed: bool, room: peak.Fit) -> str:
     if sweep.is_done(entry, retry_failed):
-        return "measured" if points_file.is_measured(entry) else "failed"
+        return "failed" if entry.get("status") == "failed" else "measured"
     return TO_DO if room.fits else NO_ROOM
 
 
-def table(plan: Plan, file: Path | None, retry_failed: bool = False) -> Group:
+def table(plan: Plan, file: Path | None, retry_failed: bool = False, only_memory: bool = False) -> Group:
     """The points by name. file: where a resumed sweep finds what it has. Nothing is built or loaded."""
-    setting, held = sweep.Setting.of(plan.points), sweep.known(file)
+    setting, held = sweep.Setting.of(plan.points, only_memory), sweep.known(file)
     dtypes: dict[str, set[str]] = {}
     for point in plan.points:
         dtypes.setdefault(point.device, set()).add(point.dtype)
@@ -32,10 +32,11 @@ def table(plan: Plan, file: Path | None, retry_failed: bool = False) -> Group:
     shown.add_column("predicted peak MB", justify="right")
     total_s, left = 0.0, 0
     for each in plan.planned:
-        state = _state(held.get(setting.identity(each.point)), retry_failed, peak.fit(each.point))
-        duration_s = estimate.seconds(each.point, rates[each.point.device]) if state == TO_DO else 0.0
+        state = _state(held.get(setting.identity(each.point)), retry_failed, peak.fit(each.point, only_memory))
+        duration_s = estimate.seconds(each.point, rates[each.point.device], only_memory) if state == TO_DO else 0.0
         total_s, left = total_s + duration_s, left + (state == TO_DO)
-        peaks = [f"{name} {peak.predict(each.point, name).nbytes / 1e6:,.0f}" for name in each.point.contestants]
+        names = each.point.contestants[:1] if only_memory else each.point.contestants
+        peaks = [f"{name} {peak.predict(each.point, name).nbytes / 1e6:,.0f}" for name in names]
         shown.add_row(Text(each.name), state, estimate.words(duration_s) if state == TO_DO else "-", ", ".join(peaks))
     for name, _ in plan.left_out:
         shown.add_row(Text(name), LEFT_OUT, "-", "-")

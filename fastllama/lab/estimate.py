@@ -9,12 +9,13 @@ from fastllama.lab import checkpoint
 from fastllama.lab.ceiling import Ceiling
 from fastllama.lab.contestant import synchronize
 from fastllama.lab.point import DTYPES, Point
+from fastllama.model.footprint import head_dim
 
 _START_S = 8.0  # a process up to its first import of a model
 _LOAD_BYTES_PER_S = 1e9
 _COMPILE_S = {"no": 0.0, "native": 1.0, "static": 40.0, "dynamic": 60.0}
 # What Python and torch's dispatch take for each layer of a step, whatever its size.
-_LAYER_S = {"vanilla": 4e-4, "compiled": 1e-4, "ours": 2e-4}
+_LAYER_S = {"vanilla": 4e-4, "compiled": 1e-4, "static": 4e-4, "ours": 2e-4}
 _SIDE = 1024
 
 
@@ -44,27 +45,32 @@ def _flop_per_s(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * _SIDE**3 / best
 
 
-def seconds(point: Point, rates: Rates) -> float:
-    """Loading, compiling, warm-up, the timed runs, and the processes that measure memory."""
+def seconds(point: Point, rates: Rates, only_memory: bool = False) -> float:
+    """Loading, compiling, warm-up, the timed runs, and the processes that measure memory; or only those."""
     found = checkpoint.outline(point.model, point.torch_dtype)
     itemsize, work = point.torch_dtype.itemsize, point.workload
     parameters = found.parameter_count
     load_s = parameters * itemsize / _LOAD_BYTES_PER_S
     # A product takes two operations for each of its weights and rows.
     row_s = 2 * parameters / rates.flop_per_s[point.dtype]
+    # And each pair of tokens that see each other, two for each number of the query, with keys and with values.
+    config = found.config
+    queries = config.num_hidden_layers * config.num_attention_heads * head_dim(config)
+    pairs_s = 4 * queries * work.prompt_length**2 / 2 / rates.flop_per_s[point.dtype]
     total = load_s
-    for name in point.contestants:
+    for name in point.contestants[:1] if only_memory else point.contestants:
         formats = point.cache_formats if name == "ours" else (None, None)
         position = checkpoint.position_bytes(found.config, itemsize, *formats)
         row_bytes = position * (work.prompt_length + work.new_tokens / 2)
         overhead_s = found.config.num_hidden_layers * _LAYER_S[name]
-        first_s = work.batch_size * work.prompt_length * row_s + overhead_s
+        first_s = work.batch_size * (work.prompt_length * row_s + pairs_s) + overhead_s
         weights = point.weights if name == "ours" else None
-        step_bytes = found.weight_bytes(itemsize, weights) + work.batch_size * row_bytes
+        step_bytes = found.weight_bytes(point.torch_dtype, weights) + work.batch_size * row_bytes
         step_s = max(step_bytes / rates.bytes_per_s, work.batch_size * row_s) + overhead_s
         whole_s = first_s + (work.new_tokens - 1) * step_s
-        total += (point.warmup + point.runs) * (whole_s + first_s) + _START_S + load_s + whole_s
-        total += 0.0 if name == "vanilla" else 2 * _COMPILE_S[point.compile]
+        runs = 0 if only_memory else point.warmup + point.runs
+        total += runs * (whole_s + first_s) + _START_S + load_s + whole_s
+        total += 0.0 if name in ("vanilla", "static") else 2 * _COMPILE_S[point.compile]
     return total
 
 

@@ -41,6 +41,16 @@ def spread(point: dict, name: str = "decode_tok_per_s", baseline: bool = False) 
     return (min(values), max(values)) if values else None
 
 
+def subject_name(point: dict) -> str:
+    """Which contestant a stored point is of."""
+    switches = point["switches"]
+    if switches["preallocate"]:
+        return "ours"
+    if switches.get("static_cache"):
+        return "static"
+    return "vanilla" if switches["compile"] == "no" else "compiled"
+
+
 def workload(point: dict) -> tuple:
     """What was asked of which model: (model, dtype, batch_size, prompt_length, new_tokens, sampler in words)."""
     sizes = tuple(point[name] for name in ("model", "dtype", "batch_size", "prompt_length", "new_tokens"))

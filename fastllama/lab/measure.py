@@ -9,7 +9,7 @@ from dataclasses import asdict
 import torch
 from torch._dynamo.utils import counters
 
-from fastllama.lab import checkpoint, contestant, digest, memory, quality, workload
+from fastllama.lab import checkpoint, contestant, digest, memory, peak, quality, workload
 from fastllama.lab.ceiling import Ceiling, step_bytes
 from fastllama.lab.contestant import Contestant
 from fastllama.lab.environment import environment
@@ -45,6 +45,7 @@ def measure(point: Point, progress: Callable[[str], None] = lambda doing: None) 
     tokenizer = checkpoint.tokenizer(found)
     checkpoint.require_room(found, point)
     prompt = workload.prompt(point.workload, tokenizer)
+    predicted = peak.predict(point, point.contestants[0])
     progress("loading")
     ceiling = Ceiling(device)
     ceiling.measure()
@@ -67,6 +68,7 @@ def measure(point: Point, progress: Callable[[str], None] = lambda doing: None) 
         measured.update(peaks)
         # A contestant that shares the other's weights loads nothing here, but in its own process it did.
         measured["load_s"] = load_s if measured["load_s"] is None else measured["load_s"]
+    record["predicted_mb"] = predicted.nbytes / 1e6
     return digest.seal({**record, "source_sha256": source})
 
 

@@ -84,6 +84,7 @@ _OF_POINT = {
     "device": _NAME,
     "preallocate": _TRUTH,
     "cache_length": _SIZE_OR_NONE,
+    "static_cache": _TRUTH,
 }
 _OF_WORKLOAD = {
     "batch_size": _SIZE,
@@ -159,7 +160,7 @@ def stored(kept: dict, name: str):
     A cache_length that is what prompt and new tokens need is the default, None.
     """
     found = OPTIONS[name]
-    if name == "preallocate" or found.place == "switch":
+    if name in ("preallocate", "static_cache") or found.place == "switch":
         return kept["switches"].get(name, found.default)
     if found.place == "sampler":
         return kept.get("sampler", {}).get(name, found.default)

@@ -1,27 +1,32 @@
 """Peak memory, predicted from a model's configuration and a point, before anything is loaded.
 
-B rows, P prompt tokens, N new tokens, E hidden size, I intermediate size, Q and K columns of queries and of keys
+B rows, P prompt tokens, S reserved positions, E hidden size, I intermediate size, Q and K columns of queries and keys
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 from transformers import LlamaConfig
 
-from fastllama.cache.budget import CacheShape, available_bytes
-from fastllama.kernels.small_product import EXPANDED_NUMBERS
+from fastllama.cache.budget import available_bytes
+from fastllama.decode.chunks import automatic_chunk
 from fastllama.lab import checkpoint, memory
 from fastllama.lab.point import Point
+from fastllama.lab.workload import Workload
+from fastllama.model.footprint import cache_shape, head_dim, prefill_bytes, rotary_bytes, weight_bytes
 
 # A prediction is good to this share of the peak that lab/memory.py measures, for contestants that are not compiled
-# (a compiler's own memory is not predicted); tests/test_peak.py holds it to that.
+# (a compiler's own memory is not predicted); tests/test_peak.py holds it to that. Of prompts that go through in
+# chunks, with the base measured, it is good to the smaller share.
 MARGIN = 0.25
+CHUNKED_MARGIN = 0.05
 # A CPU's heap keeps what passing tensors leave behind: up to about as much again.
 _HEAP = 2
 _FIRST_USE = 50_000_000  # bytes of tokenizer, text, threads and what libraries import when they are first used
 _LOGITS = 3  # fp32 copies of one position's logits that choosing a token takes
-_MLP_ROWS = 256  # rows that our prefill takes through an MLP at a time on a CPU
+_BASE_PROMPT = 64  # tokens of the demo's prompt by which the base is measured
+_bases: dict[tuple[str, str], int] = {}
 
 
 @dataclass(frozen=True)
@@ -62,59 +67,115 @@ class Fit:
 
 
 @cache
-def _base() -> int:
+def base_bytes() -> int:
     """What a process holds that has imported the laboratory and loaded nothing, as this one when it is first asked."""
     return memory.own_bytes() + _FIRST_USE
 
 
+def measured_base(point: Point, name: str) -> int:
+    """Bytes of a process that generates with next to no model: the demo's peak, less what is predicted for the demo.
+
+    A new process measures it, once for each kind of contestant; 0 on an accelerator, where only tensors count.
+    """
+    if torch.device(point.device).type != "cpu":
+        return 0
+    kept = {field: value for field, value in point.switches.items() if field in ("compile", "products")}
+    small = replace(
+        point, model="demo", workload=Workload(1, _BASE_PROMPT, 1), switches=kept, cache_length=None, runs=1, warmup=0
+    )
+    key = (small.command(), name)
+    if key not in _bases:
+        _bases[key] = int(memory.peaks(small, name).max_mem_mb * 1e6) - predict(small, name, base=0).nbytes
+    return _bases[key]
+
+
 @cache
-def _sizes(model: str, dtype: torch.dtype, weights: str | None) -> tuple[LlamaConfig, int]:
-    """(configuration, bytes of the weights)"""
+def _sizes(model: str, dtype: torch.dtype) -> tuple[LlamaConfig, int]:
+    """(configuration, parameters)"""
     found = checkpoint.outline(model, dtype)
-    return found.config, found.weight_bytes(dtype.itemsize, weights)
+    return found.config, found.parameter_count
 
 
-def predict(point: Point, name: str) -> Peak:
-    """The peak of contestant `name`. Nothing is loaded or built; raises as `checkpoint.outline` does."""
-    config, weights = _sizes(point.model, point.torch_dtype, point.weights if name == "ours" else None)
-    on_cpu, itemsize = torch.device(point.device).type == "cpu", point.torch_dtype.itemsize
-    base, heap = (_base(), _HEAP) if on_cpu else (0, 1)
-    work = point.workload
-    tokens = work.batch_size * work.prompt_length
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    hidden, inner = config.hidden_size, config.intermediate_size
-    queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    logits = work.batch_size * config.vocab_size * (itemsize + 4 * _LOGITS)
-    position = checkpoint.position_bytes(config, itemsize)
+def predict(point: Point, name: str, base: int | None = None) -> Peak:
+    """The peak of contestant `name`. Nothing is loaded or built; raises as `checkpoint.outline` does.
+
+    `base`: as `measured_base` gives it; without it, what this process held when it was first asked.
+    """
+    config, parameters = _sizes(point.model, point.torch_dtype)
+    if base is None:
+        base = base_bytes() if torch.device(point.device).type == "cpu" else 0
     if name == "ours":
-        shape = CacheShape(
-            config.num_hidden_layers, work.batch_size, config.num_key_value_heads, max(point.positions, 2),
-            head_dim, point.torch_dtype, torch.device(point.device),
-        )  # fmt: skip
-        chunk = min(tokens, work.batch_size * (point.config.prefill_chunk or work.prompt_length))
-        rows = min(chunk, _MLP_ROWS) if on_cpu else chunk
-        attention = chunk * (2 * hidden + (queries + 2 * keys) + 4 * (queries + keys))  # at the rotation
-        mlp = chunk * 2 * hidden + rows * (3 * inner + 2 * hidden)
-        held = heap * max(attention, mlp) * itemsize + logits
-        if point.weights is not None:  # a prompt's products expand a block of a weight at a time
-            held += EXPANDED_NUMBERS * (4 + 4 + itemsize)
-        return Peak(base, weights, shape.nbytes, held)
-    attention = tokens * (2 * hidden + 6 * queries)
-    mlp = tokens * (2 * hidden + 3 * inner)
-    held = heap * max(attention, mlp) * itemsize + logits
-    if work.batch_size > 1:  # rows of different length: a mask of P x P a row, and as numbers inside the attention
-        held += work.batch_size * work.prompt_length**2 * (1 + itemsize)
+        return _ours(point, config, base)
+    weights = parameters * point.torch_dtype.itemsize
+    if name == "static":
+        return Peak(base, weights, *_static(point, config))
+    return Peak(base, weights, *_vanilla(point, config))
+
+
+def _ours(point: Point, config: LlamaConfig, base: int) -> Peak:
+    device, dtype, work, switches = torch.device(point.device), point.torch_dtype, point.workload, point.config
+    formats = (switches.cache_k, switches.cache_v)
+    shape = cache_shape(config, work.batch_size, point.positions, dtype, device, *formats)
+    tokens = switches.prefill_chunk or automatic_chunk(work.batch_size, work.prompt_length, device.type)
+    tokens = min(tokens, work.prompt_length)
+    past = work.prompt_length - tokens
+    passing = (_HEAP if device.type == "cpu" else 1) * prefill_bytes(config, shape, tokens, past, switches.weights)
+    return Peak(base, weight_bytes(config, switches.weights, dtype).total, shape.nbytes + rotary_bytes(shape), passing)
+
+
+def _sizes_of(point: Point, config: LlamaConfig) -> tuple[int, int, int]:
+    """(columns of queries, bytes of a position's keys and values, heap factor) of transformers' own model."""
+    position = checkpoint.position_bytes(config, point.torch_dtype.itemsize)
+    return config.num_attention_heads * head_dim(config), position, _HEAP if point.device == "cpu" else 1
+
+
+def _passing(point: Point, config: LlamaConfig) -> tuple[int, int]:
+    """(tokens of a row in one pass, bytes between its products) of transformers' own model."""
+    work, itemsize = point.workload, point.torch_dtype.itemsize
+    queries, _, heap = _sizes_of(point, config)
+    tokens = min(point.prefill_chunk or work.prompt_length, work.prompt_length)
+    attention = 2 * config.hidden_size + 6 * queries
+    mlp = 2 * config.hidden_size + 3 * config.intermediate_size
+    logits = work.batch_size * config.vocab_size * (itemsize + 4 * _LOGITS)
+    return tokens, heap * work.batch_size * tokens * max(attention, mlp) * itemsize + logits
+
+
+def _vanilla(point: Point, config: LlamaConfig) -> tuple[int, int]:
+    """(cache, work) with the cache that grows."""
+    work, itemsize = point.workload, point.torch_dtype.itemsize
+    _, position, _ = _sizes_of(point, config)
+    tokens, held = _passing(point, config)
+    if work.batch_size > 1 or tokens < work.prompt_length:
+        # Rows of different length, or a chunk: a mask of tokens x P a row, and as numbers inside the attention.
+        held += work.batch_size * tokens * work.prompt_length * (1 + itemsize)
     # The last layer's keys and values are held twice while a token is added to them.
-    cache_bytes = position * work.batch_size * work.total_length * (1 + 1 / config.num_hidden_layers)
-    return Peak(base, weights, int(cache_bytes), held)
+    return int(position * work.batch_size * work.total_length * (1 + 1 / config.num_hidden_layers)), held
 
 
-def fit(point: Point) -> Fit:
+def _static(point: Point, config: LlamaConfig) -> tuple[int, int]:
+    """(cache, work) with transformers' StaticCache, all of whose positions each pass attends to."""
+    work, itemsize, positions = point.workload, point.torch_dtype.itemsize, point.positions
+    queries, position, _ = _sizes_of(point, config)
+    tokens, held = _passing(point, config)
+    # The mask and two more of truths while it is made, then it as numbers.
+    held += work.batch_size * tokens * positions * (2 + itemsize)
+    if config.num_attention_heads != config.num_key_value_heads:  # repeated for each query head, a layer at a time
+        held += 2 * work.batch_size * positions * queries * itemsize
+    return position * work.batch_size * positions, held
+
+
+def fit(point: Point, only_memory: bool = False) -> Fit:
     """Whether a point can be measured now: its contestants together, on one copy of the weights where both hold floats,
-    or each by itself."""
+    or each by itself.
+
+    only_memory: nothing but the subject's peak is measured.
+    """
+    free = available_bytes(torch.device(point.device))
+    if only_memory:
+        return Fit(point, predict(point, point.contestants[0]).nbytes, free)
     peaks = [predict(point, name) for name in point.contestants]
     weights = peaks[0].weights if point.weights is None else sum(peak.weights for peak in peaks)
     together = weights + sum(peak.cache for peak in peaks) + max(peak.work for peak in peaks)
     # The contestants are gone when each is measured in a process of its own.
     alone = max(peak.nbytes for peak in peaks)
-    return Fit(point, max(together, alone), available_bytes(torch.device(point.device)))
+    return Fit(point, max(together, alone), free)

@@ -139,7 +139,7 @@ def _cache_bytes(subject: Contestant, point: Point, positions: int) -> int:
     if subject.name == "ours":
         engine = subject.model._engine
         return engine.cache.shape.nbytes + engine.rotary.nbytes
-    held = point.workload.total_length if subject.name == "compiled" else positions
+    held = {"compiled": point.workload.total_length, "static": point.positions}.get(subject.name, positions)
     config, itemsize = subject.model.config, point.torch_dtype.itemsize
     return checkpoint.position_bytes(config, itemsize) * point.workload.batch_size * held
 
@@ -212,7 +212,7 @@ def watched(point: Point, snapshot: Path | None = None) -> dict:
         "subject": subject.name,
         "samples": thinned(watch.samples),
         "phases": watch.phases,
-        "weights_bytes": found.weight_bytes(point.torch_dtype.itemsize, point.weights),
+        "weights_bytes": found.weight_bytes(point.torch_dtype, point.weights),
         "allocations": allocations,
         "passing_bytes": passing,
     }

@@ -15,6 +15,9 @@ NAMED = {
     "length": ("prompt_length", [100, 200, 400, 800, 1600]),
 }
 RUNS = 10
+# The tables of a seed, each a file that one word reruns: --sweep memory-table.
+SHIPPED = {path.stem: path for path in sorted((Path(__file__).parent / "sweeps").glob("*.toml"))}
+_CASES = "case"  # [[case]] in a file: options that go together, one point each for every point of the product
 _SIZES = ("batch_size", "prompt_length", "new_tokens")
 
 
@@ -90,10 +93,22 @@ def _list(found: option.Option, given: list) -> list:
     return [found.value(one) for one in given]
 
 
-def _of_file(path: Path) -> tuple[dict, dict]:
-    axes, fixed = {}, {}
+def _cases(given) -> list[dict]:
+    if not isinstance(given, list) or not given or not all(isinstance(case, dict) and case for case in given):
+        raise ValueError(f"{_CASES} must be one or more tables [[{_CASES}]] of options")
+    return [
+        {found.name: found.value(value) for found, value in ((option.option(name), case[name]) for name in case)}
+        for case in given
+    ]
+
+
+def _of_file(path: Path) -> tuple[dict, dict, list[dict]]:
+    axes, fixed, cases = {}, {}, []
     for name, given in _read_toml(path).items():
         try:
+            if name == _CASES:
+                cases = _cases(given)
+                continue
             found = option.option(name)
             if isinstance(given, list):
                 axes[found.name] = _list(found, given)
@@ -101,20 +116,23 @@ def _of_file(path: Path) -> tuple[dict, dict]:
                 fixed[found.name] = found.value(given)
         except ValueError as fault:
             raise ValueError(f"{path}: {fault}") from None
-    return axes, fixed
+    return axes, fixed, cases
 
 
-def _of_word(word: str) -> tuple[str, dict, dict]:
-    """(kind, axes, fixed values) of one --sweep."""
+def _of_word(word: str) -> tuple[str, dict, dict, list[dict]]:
+    """(kind, axes, fixed values, cases) of one --sweep."""
     if "=" in word:
         name, _, values = word.partition("=")
         found = option.option(name)
-        return found.name, {found.name: _list(found, [one for one in values.split(",") if one.strip()])}, {}
+        return found.name, {found.name: _list(found, [one for one in values.split(",") if one.strip()])}, {}, []
+    if word in SHIPPED:
+        return word, *_of_file(SHIPPED[word])
     if word.endswith(".toml"):
         return Path(word).stem, *_of_file(Path(word))
     if word not in NAMED:
-        raise ValueError(f"--sweep {word!r} is not {', '.join(NAMED)}, name=value,value,... or a .toml file")
-    return word, dict([NAMED[word]]), {}
+        known = ", ".join((*NAMED, *SHIPPED))
+        raise ValueError(f"--sweep {word!r} is not {known}, name=value,value,... or a .toml file")
+    return word, dict([NAMED[word]]), {}, []
 
 
 def _add(target: dict, new: dict, taken: dict) -> None:
@@ -133,25 +151,34 @@ def make(given: dict, sweeps: list[str], defaults: dict[str, list], runs: int, w
     """
     lists = {name: _list(OPTIONS[name], given[name]) for name in _SIZES if name in given}
     fixed = {name: OPTIONS[name].value(value) for name, value in given.items() if name not in lists}
-    kinds, swept = [], {}
+    kinds, swept, cases = [], {}, []
     for word in sweeps:
-        kind, axes, values = _of_word(word)
+        kind, axes, values, found = _of_word(word)
         kinds.append(kind)
         if word in NAMED:
             axes = {name: lists.pop(name, values) for name, values in axes.items()}
         _add(swept, axes, fixed | lists)
         _add(fixed, values, swept | lists)
+        if found:
+            if cases:
+                raise ValueError(f"two of the --sweep files have [[{_CASES}]]: give one of them")
+            names = {name for case in found for name in case}
+            _add({}, dict.fromkeys(names), fixed | swept | lists)
+            cases = found
     sizes = {name: lists.get(name, defaults[name]) for name in _SIZES if name not in swept and name not in fixed}
     axes = {name: values for name, values in sizes.items() if len(values) > 1} | swept
     fixed |= {name: values[0] for name, values in sizes.items() if len(values) == 1}
-    return Plan("-".join(kinds), tuple(axes), *_product(axes, fixed, runs, warmup))
+    varied = tuple(dict.fromkeys((*axes, *(name for case in cases for name in case))))
+    return Plan("-".join(kinds), varied, *_product(axes, cases or [{}], fixed, runs, warmup))
 
 
-def _product(axes: dict[str, list], fixed: dict, runs: int, warmup: int) -> tuple[list[Planned], list[tuple[str, str]]]:
+def _product(
+    axes: dict[str, list], cases: list[dict], fixed: dict, runs: int, warmup: int
+) -> tuple[list[Planned], list[tuple[str, str]]]:
     device = cache(lambda name: checkpoint.auto_device() if name == "auto" else checkpoint.check_device(name))
     made, left_out, reasons = [], [], []
-    for combination in product(*axes.values()):
-        swept = dict(zip(axes, combination, strict=True))
+    for *combination, case in product(*axes.values(), cases):
+        swept = dict(zip(axes, combination, strict=True)) | case
         values = {"model": "demo", "dtype": "auto", "device": "auto"} | fixed | swept
         values["device"] = device(values["device"])
         name = name_of(swept or {size: values[size] for size in _SIZES})

@@ -17,8 +17,9 @@ class Point:
     """Everything that a measurement needs; as JSON (`asdict`) it goes to another process and comes back.
 
     switches: the `FastConfig` fields that were given. Without `preallocate` transformers' own model runs, and
-    of the switches only `compile` means something: any other raises `ValueError`, as does a cache_length, or
-    one that is too short for prompt and new tokens.
+    of the switches only `compile` and `prefill_chunk` mean something: any other raises `ValueError`, as does a
+    cache_length, or one that is too short for prompt and new tokens. With `static_cache` transformers' model
+    generates from its own StaticCache, which is what reserves cache_length positions then.
     """
 
     model: str
@@ -28,6 +29,7 @@ class Point:
     preallocate: bool = False
     switches: dict = field(default_factory=dict)
     cache_length: int | None = None
+    static_cache: bool = False
     runs: int = 5
     warmup: int = 2
 
@@ -38,18 +40,28 @@ class Point:
             raise ValueError(f"runs must be at least 1 and warmup at least 0, not {self.runs} and {self.warmup}")
         if self.preallocate:
             self._config()
+            if self.static_cache:
+                raise ValueError("--static-cache is transformers' own cache: leave out --preallocate")
         else:
-            if self.switches.get("compile") == "native":
-                raise ValueError("--compile native needs --preallocate: the native step is ours")
-            given = sorted(self.switches.keys() - {"compile"}) + ["cache_length"] * (self.cache_length is not None)
-            if given:
-                flags = ", ".join(_flag(name) for name in given)
-                raise ValueError(f"{flags} needs --preallocate: transformers' own model has no such switch")
+            self._require_vanilla()
         if self.cache_length is not None and self.cache_length < self.workload.total_length:
             raise ValueError(
                 f"a cache of {self.cache_length} positions is too short for a prompt of "
                 f"{self.workload.prompt_length} and {self.workload.new_tokens} new tokens"
             )
+
+    def _require_vanilla(self) -> None:
+        """Refuses what transformers' own model cannot do."""
+        if self.switches.get("compile") == "native":
+            raise ValueError("--compile native needs --preallocate: the native step is ours")
+        if self.static_cache and self.compile != "no":
+            raise ValueError("--static-cache says nothing new beside --compile, which brings a static cache")
+        given = sorted(self.switches.keys() - {"compile", "prefill_chunk"})
+        given += ["cache_length"] * (self.cache_length is not None and not self.static_cache)
+        if given:
+            flags = ", ".join(_flag(name) for name in given)
+            raise ValueError(f"{flags} needs --preallocate: transformers' own model has no such switch")
+        fastllama.FastConfig(**self.switches)
 
     @classmethod
     def from_dict(cls, values: dict) -> "Point":
@@ -100,6 +112,8 @@ class Point:
         """Who runs: the subject first, then what it is compared with."""
         if self.preallocate:
             return ("ours", "vanilla")
+        if self.static_cache:
+            return ("static", "vanilla")
         return ("vanilla",) if self.compile == "no" else ("compiled", "vanilla")
 
     @property
@@ -117,13 +131,14 @@ class Point:
         """Its sizes, and the switches and sampler options that were given: "batch_size=8,prompt_length=128"."""
         work = asdict(self.workload)
         named = {field: work[field] for field in ("batch_size", "prompt_length", "new_tokens")}
+        named |= {"static_cache": True} if self.static_cache else {}
         named |= {field: value for field, value in sorted(self.switches.items()) if field != "compile"}
         named |= self.workload.sampler.given
         return ",".join(f"{field}={value}" for field, value in named.items())
 
     def identity(self) -> dict:
         """What names this point in its record; transformers' own model has none of our switches."""
-        config = asdict(self.config) if self.preallocate else {}
+        config = asdict(self.config) if self.preallocate else self._of_vanilla(self.prefill_chunk, True)
         return {
             "model": self.model_name,
             "dtype": self.dtype,
@@ -139,13 +154,24 @@ class Point:
 
     def switch_defaults(self) -> dict:
         """The default of each switch that `identity` names."""
-        config = asdict(fastllama.FastConfig()) if self.preallocate else {}
+        config = asdict(fastllama.FastConfig()) if self.preallocate else self._of_vanilla(None, False)
         return {"preallocate": Point.preallocate, **config, "compile": fastllama.FastConfig.compile}
+
+    @property
+    def prefill_chunk(self) -> int | None:
+        """Prompt tokens per prefill pass, where that was given."""
+        return self.switches.get("prefill_chunk")
+
+    def _of_vanilla(self, prefill_chunk: int | None, static_cache: bool) -> dict:
+        """Those of transformers' own switches that were given, with these values."""
+        given = {"prefill_chunk": prefill_chunk} if self.prefill_chunk is not None else {}
+        return given | ({"static_cache": static_cache} if self.static_cache else {})
 
     def command(self) -> str:
         """The command line that measures this point alone; a path is given by its last part."""
         words = ["python", "run_llama.py", "--model", self.model_name, "--dtype", self.dtype, "--device", self.device]
         words += ["--preallocate"] if self.preallocate else []
+        words += ["--static-cache"] if self.static_cache else []
         words += ["--compile", self.compile]
         for name, value in sorted(self.switches.items()):
             if name != "compile" and value is not None:

@@ -1,4 +1,6 @@
-"""Files of points, one JSON object a line: measured ones, and those that failed or were skipped, with the reason."""
+"""Files of points, one JSON object a line: measured ones, those that failed or were skipped, with the reason, and those
+of which nothing but the peak of memory was measured.
+"""
 
 import json
 import logging
@@ -17,17 +19,22 @@ except ImportError:  # not a POSIX system: there one process at a time may write
 logger = logging.getLogger(__name__)
 
 SCHEMA = 1  # of the lines that are no measured points
-STATUSES = ("failed", "skipped")
+STATUSES = ("failed", "skipped", "memory")
 
 _TEXTS = ("reason", "model", "dtype", "device", "command", "source_sha256")
 _SIZES = ("batch_size", "prompt_length", "new_tokens", "cache_length")
-# Of a point that was skipped since it could not fit: MB (10^6 bytes).
-_FIGURES = ("predicted_mb", "free_mb")
+# MB (10^6 bytes) of a point that was skipped since it could not fit, and of one whose memory alone was measured.
+_FIGURES = {"skipped": ("predicted_mb", "free_mb"), "memory": ("predicted_mb", "max_mem_mb")}
 
 
 def is_measured(entry: dict) -> bool:
     """Whether a line is a measured point; else it says why there is none."""
     return "status" not in entry
+
+
+def is_memory(entry: dict) -> bool:
+    """Whether a line holds a predicted and a measured peak of memory, and no speed."""
+    return entry.get("status") == "memory"
 
 
 def check(entry, where: str) -> dict:
@@ -64,7 +71,7 @@ def _check_unmeasured(entry: dict, where: str) -> None:
     for name in ("switches", "sampler", "environment"):
         if not isinstance(entry.get(name), dict):
             refuse(name, "an object")
-    for name in _FIGURES if entry["status"] == "skipped" else ():
+    for name in _FIGURES.get(entry["status"], ()):
         value = entry.get(name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e15:
             refuse(name, "a finite number that is not negative")

@@ -105,7 +105,8 @@ DIVERGENCE = {"row": small_count, "position": small_count, "margin": or_null(num
 # Those of which any value but null makes a point lossy: its ids are called equal to no others.
 LOSSY_SWITCHES = ("weights", "cache_k", "cache_v")
 # A point without a sampler took the likeliest token. A lossy one has a score, or the reason why there is none.
-_OPTIONAL = {"sampler": object_, "score": or_null(object_), "not_scored": or_null(name)}
+# predicted_mb: 10^6 bytes, before anything was loaded.
+_OPTIONAL = {"sampler": object_, "score": or_null(object_), "not_scored": or_null(name), "predicted_mb": number}
 
 
 def _no_path(value) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from fastllama.lab import figures, measure, points_file, record
+from fastllama.lab import figures, measure, peak_only, points_file, record
 from fastllama.lab.environment import environment
 from fastllama.lab.fault import sentence
 from fastllama.lab.peak import Fit, fit
@@ -27,17 +27,19 @@ class Setting:
 
     source_sha256: str
     environments: dict[str, dict]
+    only_memory: bool = False
 
     @classmethod
-    def of(cls, points: list[Point]) -> "Setting":
+    def of(cls, points: list[Point], only_memory: bool = False) -> "Setting":
         devices = {point.device for point in points}
-        return cls(record.source_sha256(), {device: environment(torch.device(device)) for device in devices})
+        environments = {device: environment(torch.device(device)) for device in devices}
+        return cls(record.source_sha256(), environments, only_memory)
 
     def entry(self, point: Point) -> dict:
         """What names a point in a file, whether it was measured or not."""
         return {
             **point.identity(),
-            "command": point.command(),
+            "command": point.command() + (" --memory-only" if self.only_memory else ""),
             "source_sha256": self.source_sha256,
             "environment": self.environments[point.device],
         }
@@ -59,7 +61,7 @@ def is_done(entry: dict | None, retry_failed: bool) -> bool:
     """
     if entry is None or entry.get("status") == "skipped":
         return False
-    return points_file.is_measured(entry) or not retry_failed
+    return points_file.is_measured(entry) or points_file.is_memory(entry) or not retry_failed
 
 
 def run(
@@ -71,15 +73,18 @@ def run(
     show: Callable[[dict], None],
     say: Callable[[str], None],
     retry_failed: bool = False,
+    only_memory: bool = False,
 ) -> list[dict]:
     """Measure the points in order; the entry of each, measured, failed or skipped.
+
+    only_memory: nothing but each subject's peak of memory is predicted and measured, by one run of it (peak_only.py).
 
     Each is appended to `file` before it is shown and before the next point starts. With `resume`, a point that the
     file holds is taken from there (see `is_done`). A point that cannot fit in memory is skipped and one that fails
     is kept with the reason; both are reported with `say`, and the next one starts. If nothing is varied,
     the one point's error is raised.
     """
-    setting = Setting.of(plan.points)
+    setting = Setting.of(plan.points, only_memory)
     held = known(file) if resume else {}
     for name, reason in plan.left_out:
         say(f"left out: {name}: {reason}")
@@ -97,6 +102,8 @@ def run(
         entries.append(entry)
         if points_file.is_measured(entry):
             show(entry)
+        elif points_file.is_memory(entry):
+            say(f"{each.name}: {peak_only.words(entry)}")
         else:
             say(f"{'error' if entry['status'] == 'failed' else 'skipped'}: {each.name}: {entry['reason']}")
     return entries
@@ -109,6 +116,8 @@ def exit_code(entries: list[dict]) -> int:
 
 
 def _failed(entry: dict) -> str:
+    if points_file.is_memory(entry):
+        return f" ({peak_only.words(entry)})"
     return "" if points_file.is_measured(entry) else f" (failed: {entry['reason']}; --retry-failed tries again)"
 
 
@@ -116,7 +125,9 @@ def _one(each: Planned, setting: Setting, begin: Callable[[str], None], alone: b
     """The entry of one point. If it is alone, what keeps it from being measured is raised."""
     point = each.point
     try:
-        room = fit(point)
+        room = fit(point, setting.only_memory)
+        if room.fits and setting.only_memory:
+            return {**setting.entry(point), **peak_only.measure(point, begin)}
         if room.fits:
             entry = measure.measure(point, begin)
             entry.setdefault("source_sha256", setting.source_sha256)

@@ -5,7 +5,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fastllama.lab import score
-from fastllama.lab.figures import spread, workload_name
+from fastllama.lab.figures import spread, subject_name, workload_name
+from fastllama.lab.workload import Workload, row_lengths
 
 PARITY_STYLES = {
     "exact": "green",
@@ -36,7 +37,7 @@ def _cell(point: dict, name: str, baseline: bool) -> str:
 def _row(point: dict, baseline: bool) -> list:
     source = point["baseline"] if baseline else point
     is_reference = baseline or point["baseline"] is None
-    name = "vanilla" if is_reference else "ours" if point["switches"]["preallocate"] else "compiled"
+    name = "vanilla" if is_reference else subject_name(point)
     parity = "reference" if is_reference else point["parity"]
     speedup = "1.00x" if is_reference else f"{point['speedup']:.2f}x"
     decode = None if is_reference else point["decode_speedup"]
@@ -50,6 +51,12 @@ def _row(point: dict, baseline: bool) -> list:
     ]
 
 
+def _prefill_tok_per_s(point: dict, source: dict) -> float:
+    """Prompt tokens of all rows over the time to the first new token, which choosing it is part of."""
+    work = Workload(point["batch_size"], point["prompt_length"], point["new_tokens"], point["seed"])
+    return 1000 * sum(row_lengths(work)) / source["ttft_ms"]
+
+
 def _seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f} s"
 
@@ -58,6 +65,11 @@ def _notes(point: dict, is_random: bool) -> list:
     baseline = point["baseline"]
     lines = [] if baseline is None else [f"vanilla's path: {baseline['path']}"]
     lines.append(f"{'path' if baseline is None else 'path measured'}: {point['path']}")
+    lines.append(
+        f"prefill {number(_prefill_tok_per_s(point, point))} tok/s"
+        + ("" if baseline is None else f" (vanilla {number(_prefill_tok_per_s(point, baseline))})")
+        + (", and no decode step: one new token" if point["new_tokens"] == 1 else "")
+    )
     if point["ceiling_fraction"] is not None:
         lines.append(
             f"{point['ceiling_fraction']:.0%} of the ceiling: decoding reads {point['read_gb_per_s']:.2f} GB/s "
@@ -68,6 +80,8 @@ def _notes(point: dict, is_random: bool) -> list:
         f"warm-up {_seconds(point['warmup_s'])}; recompiles after warm-up: {point['recompiles_after_warmup']}; "
         f"medians of {len(point['runs'])}"
     )
+    if "predicted_mb" in point:
+        lines.append(f"peak predicted before loading: {number(point['predicted_mb'])} MB")
     found = point["first_divergence"]
     if found is not None:
         margin = found["margin"]
@@ -84,7 +98,8 @@ def _notes(point: dict, is_random: bool) -> list:
 
 def point_table(point: dict, is_random: bool) -> Group:
     """One measured point: vanilla beside what was measured, and below it what one must know to trust it."""
-    length = f", cache {point['cache_length']}" if point["switches"]["preallocate"] else ""
+    reserves = point["switches"]["preallocate"] or point["switches"].get("static_cache")
+    length = f", cache {point['cache_length']}" if reserves else ""
     title = f"{workload_name(point)}{length}, on {point['device']}"
     table = Table(title=title, title_justify="left", padding=(0, 0, 0, 1))
     for name, justify in (

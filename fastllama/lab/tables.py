@@ -53,9 +53,7 @@ def _runs(points: list[dict]) -> list[dict]:
         if "runs" not in point:
             continue  # it failed, or was skipped
         baseline = point["baseline"]
-        is_ours = point["switches"]["preallocate"]
-        name = "vanilla" if baseline is None and not is_ours else "ours" if is_ours else "compiled"
-        rows += _samples(point, number, name, point["runs"])
+        rows += _samples(point, number, figures.subject_name(point), point["runs"])
         rows += [] if baseline is None else _samples(point, number, "vanilla", baseline["runs"])
     return rows
 

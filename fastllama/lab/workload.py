@@ -101,14 +101,19 @@ def pad_id(tokenizer) -> int:
 def prompt(workload: Workload, tokenizer) -> Prompt:
     """Rows of consecutive text from different seeded places, each begun as the tokenizer begins a text.
 
-    Raises `ValueError` when the text has fewer tokens than the longest row.
+    A prompt longer than the held-out text (about 100,000 of the demo's tokens) starts the text over, as often as it
+    takes. Raises `ValueError` when a prompt file has fewer tokens than the longest row.
     """
     tokens = tokenizer(source_text(workload), add_special_tokens=False, verbose=False).input_ids
     begin = begin_ids(tokenizer)
     lengths = row_lengths(workload)
+    if workload.prompt_file is None:
+        tokens *= -(-workload.prompt_length // len(tokens))
     if len(begin) + len(tokens) < workload.prompt_length:
-        where = f"the prompt file {workload.prompt_file}" if workload.prompt_file else "the held-out text"
-        raise ValueError(f"{where} has {len(tokens)} tokens and the prompt needs {workload.prompt_length}")
+        raise ValueError(
+            f"the prompt file {workload.prompt_file} has {len(tokens)} tokens and the prompt needs "
+            f"{workload.prompt_length}"
+        )
     input_ids = torch.full((workload.batch_size, workload.prompt_length), pad_id(tokenizer), dtype=torch.int64)
     attention_mask = torch.zeros_like(input_ids)
     for row, length in enumerate(lengths):

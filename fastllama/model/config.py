@@ -28,7 +28,9 @@ class FastConfig:
         256, "a step reads the used part of the cache, rounded up to a multiple of this", "an integer >= 16"
     )
     prefill_chunk: int | None = _switch(
-        None, "prompt tokens per prefill pass; None takes the whole prompt at once", "None or an integer >= 16"
+        None,
+        "prompt tokens per prefill pass; None takes a short prompt at once and a long one in passes of a fixed size",
+        "None or an integer >= 16",
     )
     fuse: str = _switch("all", "products that share an input run as one: query/key/value, gate/up", "all, qkv, no")
 

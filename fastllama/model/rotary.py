@@ -11,6 +11,9 @@ from torch import nn
 
 from fastllama.kernels.rope import signed_sin
 
+# Positions that the parent's module is asked for at a time: in fp32, and several tensors of each, inside.
+_BLOCK = 4096
+
 
 def is_stateful(module: nn.Module) -> bool:
     """Whether the module recomputes its frequencies from the longest position it is shown, so that each step, and each
@@ -27,8 +30,14 @@ class RotaryTable:
         self.stateful = is_stateful(module)
         self.cos_SD = self.sin_SD = None
         if not self.stateful:
-            cos_1SD, sin_1SD = module(self.sample, torch.arange(length, device=device)[None])
-            self.cos_SD, self.sin_SD = cos_1SD[0], signed_sin(sin_1SD[0])
+            for start in range(0, length, _BLOCK):
+                cos_1SD, sin_1SD = module(
+                    self.sample, torch.arange(start, min(start + _BLOCK, length), device=device)[None]
+                )
+                if self.cos_SD is None:
+                    self.cos_SD, self.sin_SD = (x.new_empty(length, x.shape[2]) for x in (cos_1SD, sin_1SD))
+                self.cos_SD[start : start + _BLOCK] = cos_1SD[0]
+                self.sin_SD[start : start + _BLOCK] = signed_sin(sin_1SD[0])
 
     @property
     def nbytes(self) -> int:
@@ -59,8 +68,10 @@ class RotaryTable:
         `chunk`: transformers' prefill_chunk_size. It cuts the padded prompt of `width` columns, so with a stateful
         module a token's frequencies depend on the chunk that its column is in (`columns_BP`; None: nothing padded).
         """
+        if not self.stateful:
+            return self.cos_SD[None, :length], self.sin_SD[None, :length]
         index_1P = torch.arange(length, device=self.sample.device)[None]
-        if chunk is None or not self.stateful:
+        if chunk is None:
             return self.at(index_1P)
         columns_BP = index_1P if columns_BP is None else columns_BP
         cos_BPD = sin_BPD = None
