@@ -10,6 +10,8 @@ import platform
 import shlex
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -72,18 +74,26 @@ def _build(name: str, folder: Path, library: Path) -> None:
     from torch.utils import cpp_extension  # a slow import that a machine with a built library does without
 
     folder.mkdir(parents=True, exist_ok=True)
-    # Under a name of its own, renamed when it is whole: another process may be building too.
-    unfinished = folder / f"{os.getpid()}.so"
-    command = [*shlex.split(cpp_extension.get_cxx_compiler()), *_FLAGS, "-std=c++20", "-shared", "-fPIC"]
-    command += [str(path) for path in _SOURCES if path.suffix == ".cpp"]
-    command += [f"-isystem{path}" for path in cpp_extension.include_paths()]
-    command += [f"-L{path}" for path in cpp_extension.library_paths()] + ["-lc10", "-ltorch_cpu", "-o", str(unfinished)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-        if done.returncode != 0:
-            raise RuntimeError(
-                next((line for line in done.stderr.splitlines() if "error" in line), "the compiler failed")
-            )
-        os.replace(unfinished, library)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    compiler = shlex.split(cpp_extension.get_cxx_compiler())
+    includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    sources = [path for path in _SOURCES if path.suffix == ".cpp"]
+    # In a folder of its own, and renamed when it is whole: another process may be building too.
+    with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+        objects = [f"{unfinished}/{path.stem}.o" for path in sources]
+
+        def compile(source: Path, target: str) -> None:
+            _call([*compiler, *_FLAGS, "-std=c++20", "-fPIC", *includes, "-c", str(source), "-o", target])
+
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            list(pool.map(compile, sources, objects))
+        whole = f"{unfinished}/{name}.so"
+        paths = [f"-L{path}" for path in cpp_extension.library_paths()]
+        _call([*compiler, *_FLAGS, "-shared", *objects, *paths, "-lc10", "-ltorch_cpu", "-o", whole])
+        os.replace(whole, library)
+
+
+def _call(command: list[str]) -> None:
+    """Raises `RuntimeError` with the compiler's first error."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    if done.returncode != 0:
+        raise RuntimeError(next((line for line in done.stderr.splitlines() if "error" in line), "the compiler failed"))

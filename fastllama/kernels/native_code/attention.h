@@ -9,11 +9,10 @@
 #include <cmath>
 #include <limits>
 
-#include "product.h"
+#include "attend.h"
 
 namespace {
 
-constexpr int kBlock = 64;  // positions whose scores are kept at once
 constexpr int kRows = 4;    // query rows in a tile
 constexpr int64_t kShares = 64;  // parts that one kv head's positions may be cut into
 
@@ -30,13 +29,6 @@ inline bool any_above(f32x16 v, float bound) {
 }
 
 constexpr int kMostDims = 128;
-
-// What a task leaves: for each of its rows a maximum, a sum of weights and a weighted sum of values [D].
-struct Partial {
-  float* maximum;
-  float* total;
-  float* mixed;  // [R, D]
-};
 
 // Calls work with V as a constant, for the head dims that are built.
 template <typename Work>
@@ -56,21 +48,6 @@ inline void clear(const Partial& out, int64_t R, int64_t D) {
   std::fill(out.mixed, out.mixed + R * D, 0.f);
 }
 
-// Asks memory for numbers that the next block needs, a little at a time: so it never waits, and neither do we.
-template <typename T>
-inline void ask_for(const T* first, int count) {
-  for (int64_t byte = 0; byte < count * (int64_t)sizeof(T); byte += kLine) __builtin_prefetch((const char*)first + byte, 0, kNextCache);
-}
-
-// What the next block needs of memory: `each` bytes a position; none where `at` is null.
-struct Ahead {
-  const char* at = nullptr;
-  int64_t each = 0;
-  void ask(int64_t first, int64_t end) const {
-    for (int64_t byte = first; byte < end; byte += kLine) __builtin_prefetch(at + byte, 0, kNextCache);
-  }
-};
-
 // Blocks of a cache of type T, as they lie.
 template <typename T, int V>
 struct Plain {
@@ -86,6 +63,12 @@ struct Plain {
 // How scores are multiplied: in pairs where the head dim is whole steps of them.
 template <typename T, int V>
 using Pairs = std::conditional_t<V * 16 % Lane<T>::kStep == 0, Lane<T>, Wide<T>>;
+
+// Whether query rows of this head dim are rows of T, and not of fp32.
+template <typename T>
+bool in_pairs(int64_t D) {
+  return Lane<T>::kStep == 32 && D % 32 == 0;
+}
 
 // Scores of N query rows against `count` positions, 4 at a time; the last key stands for those that are missing.
 template <typename T, int V, int N>

@@ -23,11 +23,10 @@ at::Tensor attend_prompt(const at::Tensor& query, const at::Tensor& keys, const 
     using T = decltype(zero);
     const Strided<const T> asking{query.const_data_ptr<T>(), query.stride(0), query.stride(1), query.stride(2)};
     const Strided<T> result{out.mutable_data_ptr<T>(), Q * N * D, N * D, D};
-    for_head_dim(D, [&](auto v) {
-      attend_chunk<T, decltype(v)::value>(asking, side<T>({keys}, kFormats[(int)kFormatOf<T>], D),
-                                          side<T>({values}, kFormats[(int)kFormatOf<T>], D),
-                                          [&](int64_t, int64_t q) { return past + q + 1; }, result, B, Q, N, K, (float)scale);
-    });
+    const Side key = side<T>({keys}, kFormats[(int)kFormatOf<T>], D);
+    const Side value = side<T>({values}, kFormats[(int)kFormatOf<T>], D);
+    attend_chunk<T>(
+        asking, key, value, [&](int64_t, int64_t q) { return past + q + 1; }, result, B, Q, N, K, D, (float)scale);
   });
   return out;
 }
@@ -61,10 +60,8 @@ at::Tensor attend_stored(const at::Tensor& query, at::TensorList keys, c10::stri
     const Strided<const T> asking{query.const_data_ptr<T>(), query.stride(0), query.stride(1), query.stride(2)};
     const Strided<T> result{out.mutable_data_ptr<T>(), Q * N * D, N * D, D};
     const int64_t* visible = counts.const_data_ptr<int64_t>();
-    for_head_dim(D, [&](auto v) {
-      attend_chunk<T, decltype(v)::value>(
-          asking, key, value, [&](int64_t b, int64_t q) { return visible[b * Q + q]; }, result, B, Q, N, K, (float)scale);
-    });
+    attend_chunk<T>(
+        asking, key, value, [&](int64_t b, int64_t q) { return visible[b * Q + q]; }, result, B, Q, N, K, D, (float)scale);
   });
   return out;
 }

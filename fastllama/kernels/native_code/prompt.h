@@ -7,7 +7,8 @@
 #include <ATen/Parallel.h>
 #include <omp.h>
 
-#include "small_rows.h"
+#include "rows.h"
+#include "stored.h"
 
 namespace {
 
@@ -22,10 +23,12 @@ struct Strided {
 };
 
 // visible(b, q) is how many positions a token sees, at least one.
-template <typename T, int V, typename Seen>
+template <typename T, typename Seen>
 void attend_chunk(const Strided<const T>& query, const Side& keys, const Side& values, const Seen& visible,
-                  const Strided<T>& out, int64_t B, int64_t Q, int64_t N, int64_t K, float scale) {
-  constexpr int D = V * 16, kUnits = D / kNumbers<T, V>;
+                  const Strided<T>& out, int64_t B, int64_t Q, int64_t N, int64_t K, int64_t D,
+                  float scale) {
+  const bool pairs = in_pairs<T>(D);
+  const int64_t units_each = pairs ? D / 2 : D;
   const int64_t G = N / K, tokens = std::max<int64_t>(1, kTaskRows / G), chunks = (Q + tokens - 1) / tokens;
   const int64_t rows = std::min(tokens, Q) * G, tasks = B * K * chunks, threads = at::get_num_threads();
   int64_t longest = 0;
@@ -46,7 +49,7 @@ void attend_chunk(const Strided<const T>& query, const Side& keys, const Side& v
   };
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> units(rows * kUnits), own_maximum(rows), own_total(rows), own_mixed(rows * D);
+    std::vector<float> units(rows * units_each), own_maximum(rows), own_total(rows), own_mixed(rows * D);
     std::vector<int64_t> seen(rows);
 #pragma omp for schedule(dynamic)
     for (int64_t work = 0; work < tasks * shares; ++work) {
@@ -55,8 +58,8 @@ void attend_chunk(const Strided<const T>& query, const Side& keys, const Side& v
       for (int64_t r = 0; r < R; ++r) {
         const int64_t q = first + r / G;
         const T* from = query.at(b, q, k * G + r % G);
-        if constexpr (kNumbers<T, V> == 2) std::memcpy(&units[r * kUnits], from, D * sizeof(T));
-        else std::copy(from, from + D, &units[r * kUnits]);
+        if (pairs) std::memcpy(&units[r * units_each], from, D * sizeof(T));
+        else std::copy(from, from + D, &units[r * units_each]);
         seen[r] = visible(b, q);
       }
       const int64_t used = *std::max_element(seen.begin(), seen.begin() + R), blocks = (used + kBlock - 1) / kBlock;
@@ -65,9 +68,7 @@ void attend_chunk(const Strided<const T>& query, const Side& keys, const Side& v
       const Partial one{own_maximum.data(), own_total.data(), own_mixed.data()};
       const Partial cut{all.maximum + at, all.total + at, all.mixed + at * D};
       const Partial& partial = shares > 1 ? cut : one;
-      with_blocks<T, V>(keys.at(b, k), values.at(b, k), [&](const auto& key, const auto& value) {
-        attend_group<T, V>(units.data(), scale, key, value, begin, end, seen.data(), (int)R, partial);
-      });
+      attend_head<T>(D, units.data(), scale, keys.at(b, k), values.at(b, k), begin, end, seen.data(), (int)R, partial);
       if (shares > 1) continue;
       for (int64_t r = 0; r < R; ++r) {
         T* to = out.at(b, first + r / G, k * G + r % G);

@@ -12,7 +12,6 @@
 
 #include "quantise.h"
 #include "small.h"
-#include "small_rows.h"
 
 namespace {
 
@@ -206,15 +205,8 @@ class Decoder {
       const int64_t end = std::min(used, blocks * (chunk + 1) / chunks_ * kBlock);
       const Partial out{&maximum_[task * R], &total_[task * R], &mixed_[task * R * D]};
       const Run keys = layer.keys.at(b, pair % K), values = layer.values.at(b, pair % K);
-      const int64_t* seen = seen_.data() + pair * R;
-      for_head_dim(D, [&](auto v) {
-        constexpr int V = decltype(v)::value;
-        const float* units = query_.data() + pair * R * D;
-        if constexpr (kNumbers<T, V> == 2) units = (const float*)(query_rounded_.data() + pair * R * D);
-        with_blocks<T, V>(keys, values, [&](const auto& k, const auto& v) {
-          attend_group<T, V>(units, sizes.scale, k, v, begin, end, seen, (int)R, out);
-        });
-      });
+      const float* units = in_pairs<T>(D) ? (const float*)(query_rounded_.data() + pair * R * D) : query_.data() + pair * R * D;
+      attend_head<T>(D, units, sizes.scale, keys, values, begin, end, seen_.data() + pair * R, (int)R, out);
     }
 #pragma omp for
     for (int64_t task = 0; task < M * sizes.heads; ++task) {

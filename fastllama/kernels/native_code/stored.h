@@ -11,10 +11,7 @@
 
 namespace {
 
-enum class Format { f32, f16, bf16, int8, q8_0, q4_0, q4_1, q5_0, q5_1, iq4_nl };
-
 constexpr const char* kFormats[] = {"f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl"};
-constexpr int kParts = 4;  // at most
 
 constexpr bool has_least(Format f) { return f == Format::q4_1 || f == Format::q5_1; }
 constexpr bool has_fifth(Format f) { return f == Format::q5_0 || f == Format::q5_1; }
@@ -48,30 +45,6 @@ void for_format(Format format, const Work& work) {
   }
 #undef FASTLLAMA_CASE
 }
-
-// One row and head: position s of part i is at part[i] + s * each[i].
-struct Run {
-  Format format;
-  Format model;  // the model's own type, in which int8 has its scales
-  char* part[kParts];
-  int64_t each[kParts];
-
-  template <typename T>
-  const T* at(int i, int64_t s) const {
-    return (const T*)(part[i] + s * each[i]);
-  }
-  template <typename T>
-  T* at(int i, int64_t s) {
-    return (T*)(part[i] + s * each[i]);
-  }
-  // What is read from position s on is asked for: scales, which are few, now, and the rest by the caller.
-  Ahead ahead(int64_t s, int64_t end) const {
-    if (s >= end) return {};
-    for (int i = 1; i < kParts; ++i)
-      if (each[i]) ask_for(at<char>(i, s), (int)(std::min<int64_t>(kBlock, end - s) * each[i]));
-    return {at<char>(0, s), each[0]};
-  }
-};
 
 // The keys or the values of one layer.
 struct Side {

@@ -1,0 +1,20 @@
+// attend_head for the dtype of the file that includes this: each is a file of its own, so that they are built together.
+
+#pragma once
+
+#include "small_rows.h"
+
+namespace fastllama {
+
+template <typename T>
+void attend_head(int64_t D, const float* units, float scale, const Run& keys, const Run& values, int64_t begin, int64_t end,
+                 const int64_t* seen, int R, const Partial& out) {
+  for_head_dim(D, [&](auto v) {
+    constexpr int V = decltype(v)::value;
+    with_blocks<T, V>(keys, values, [&](const auto& key, const auto& value) {
+      attend_group<T, V>(units, scale, key, value, begin, end, seen, R, out);
+    });
+  });
+}
+
+}  // namespace fastllama
