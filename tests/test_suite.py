@@ -8,6 +8,7 @@ import pytest
 
 from fastllama.lab import __main__ as lab_command
 from fastllama.lab import (
+    beside,
     curve,
     readme,
     record,
@@ -110,13 +111,13 @@ def case_of(tiny, **changes) -> Case:
 
 def test_figures_follow_from_their_points(tiny, light):
     case = case_of(tiny, batch_size=3)
-    measured = suite_lines.batch(case, "cpu")
+    measured = beside.batch(case, "cpu")
     together, alone = measured.points
     schema.check_point(together, "the point")
     assert together["parity"] == "exact" and together["batch_size"] == 3 and measured.parity == "exact"
     assert alone["baseline"] is None and alone["parity"] == NOT_COMPARED and alone["batch_size"] == 1
     assert measured.figures["times_one_row"] == together["decode_tok_per_s"] / alone["decode_tok_per_s"]
-    speed = suite_lines.prefill(case_of(tiny, new_tokens=1), "cpu")
+    speed = beside.prefill(case_of(tiny, new_tokens=1), "cpu")
     assert speed.figures["ttft_speedup"] == speed.points[0]["baseline"]["ttft_ms"] / speed.points[0]["ttft_ms"]
 
 

@@ -88,18 +88,21 @@ class Stable:
         ids_RP = torch.cat([single.input_ids for single in singles])
         return Prompt(ids_RP, torch.ones_like(ids_RP))
 
-    def lane(self, name: str, rows: int, length: int, cache_length: int, tokens: int = 1) -> Lane:
-        """A lane on a model of its own. Raises `MemoryError` before any work if it cannot fit."""
-        case = self.case
-        work = Workload(rows, length, 1)
-        switches = case.switches
-        point = Point(case.model, case.dtype, str(self.device), work, True, switches, cache_length)
-        if self.models:
-            model = self._another()
-            model.preallocate(batch_size=rows, cache_length=cache_length, **switches)
-        else:
-            checkpoint.require_room(self.found, point)
-            model = contestant.load_alone(point, self.found, "ours", workload.pad_id(self.tokenizer)).model
+    def lane(self, name: str, rows: int, length: int, cache_length: int, tokens: int = 1, **switches) -> Lane:
+        """A lane on a model of its own, with these `switches` beside the case's. `MemoryError` if it cannot fit."""
+        if not self.models:
+            return self.loaded(name, rows, length, cache_length, tokens, **switches)
+        model = self._another()
+        self.models.append(model)
+        model.preallocate(batch_size=rows, cache_length=cache_length, **{**self.case.switches, **switches})
+        return Lane(name, model, self.prompt(rows, length), cache_length, tokens)
+
+    def loaded(self, name: str, rows: int, length: int, cache_length: int, tokens: int = 1, **switches) -> Lane:
+        """As `lane`, on weights of its own: those in few bits cannot be shared with floats."""
+        case, switches = self.case, {**self.case.switches, **switches}
+        point = Point(case.model, case.dtype, str(self.device), Workload(rows, length, 1), True, switches, cache_length)
+        checkpoint.require_room(self.found, point)
+        model = contestant.load_alone(point, self.found, "ours", workload.pad_id(self.tokenizer)).model
         self.models.append(model)
         return Lane(name, model, self.prompt(rows, length), cache_length, tokens)
 

@@ -80,7 +80,7 @@ def weight_bytes(config: LlamaConfig, weights: str | None, dtype: torch.dtype) -
     layer = 2 * config.hidden_size * dtype.itemsize
     for name, rows, columns, biased in _matrices(config):
         if weights is not None:
-            check(weights, name, columns)
+            check(weights, columns, name)
         layer += matrix_bytes(rows, columns, weights, dtype.itemsize) + biased * rows * dtype.itemsize
     head = None if weights is None else head_format(weights)
     head = matrix_bytes(config.vocab_size, config.hidden_size, head, dtype.itemsize)
