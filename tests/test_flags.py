@@ -90,16 +90,21 @@ def test_the_environment_is_whole():
     assert json.loads(json.dumps(facts)) == facts
 
 
-def test_a_new_process_tells_what_it_was_started_with():
+def test_a_new_process_tells_what_it_was_started_with(tmp_path):
     code = (
         "import json, torch; from fastllama.lab.environment import environment; "
         "torch.set_num_interop_threads(3); print(json.dumps(environment(torch.device('cpu'))))"
     )
-    given = {**os.environ, "OMP_NUM_THREADS": "1", "KMP_BLOCKTIME": "0", "TORCHINDUCTOR_CACHE_DIR": "/nowhere/here"}
+    given = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "KMP_BLOCKTIME": "0",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "here"),
+    }
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, env=given, capture_output=True, text=True
     )
     facts = json.loads(done.stdout)
     assert facts["threads"] == 1 and facts["interop_threads"] == 3
     assert facts["variables"]["KMP_BLOCKTIME"] == "0" and facts["variables"]["TORCHINDUCTOR_CACHE_DIR"] == "(path)"
-    assert "nowhere" not in done.stdout
+    assert str(tmp_path) not in done.stdout

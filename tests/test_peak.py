@@ -49,7 +49,7 @@ def test_the_prediction_is_within_its_margin_of_the_measured_peak(what):
 
 @pytest.fixture
 def fixed(monkeypatch):
-    monkeypatch.setattr(peak, "_base", lambda: 300_000_000)
+    monkeypatch.setattr(peak, "base_bytes", lambda: 300_000_000)
 
 
 def test_each_part_follows_what_it_depends_on(fixed):
@@ -57,8 +57,8 @@ def test_each_part_follows_what_it_depends_on(fixed):
     assert one.weights == pytest.approx(2 * 1.1e9, rel=0.01) and one.base == 300_000_000
     assert peak.predict(a_point("inflated:tinyllama-1.1b"), "ours").weights == 2 * one.weights
     cache = peak.predict(a_point(cache_length=8000, workload=Workload(4, 12, 4)), "ours").cache
-    # Six layers, two kv heads of 32, keys and values, four bytes, a mask.
-    assert cache == pytest.approx(4 * 8000 * (6 * 2 * 2 * 32 + 1) * 4, rel=0.01)
+    # Six layers, two kv heads of 32, keys and values, four bytes, a mask; and cosines and sines.
+    assert cache == pytest.approx(4 * 8000 * (6 * 2 * 2 * 32 + 1) * 4 + 2 * 8000 * 32 * 4, rel=0.01)
     works = [
         peak.predict(a_point(workload=Workload(4, 800, 4), switches=switches), "ours").work
         for switches in ({"prefill_chunk": 100}, {})

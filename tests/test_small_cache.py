@@ -378,7 +378,7 @@ def test_the_laboratory_counts_the_same_bytes():
     for cache_k, cache_v in SIDES:
         held = CacheShape(2, 1, 2, 100, 64, torch.float32, torch.device("cpu"), cache_k, cache_v)
         assert checkpoint.position_bytes(config, 4, cache_k, cache_v) == 2 * 2 * held.position_bytes
-        made = Shape(config, 4, (9, 5), 6, {"qkv": 1, "o": 1, "gate_up": 1, "down": 1}, (cache_k, cache_v))
+        made = Shape(config, 4, (9, 5), 6, {"qkv": 1, "o": 1, "gate_up": 1, "down": 1}, formats=(cache_k, cache_v))
         moved = made.step_bytes()
         for part in ("embedding", "cache write"):
             moved.pop(part)

@@ -53,9 +53,7 @@ class Binding:
     def read(self, model: nn.Module, config: FastConfig, rows: int) -> None:
         """Reads the weights anew, for steps of `rows` rows."""
         self.forget()  # never hold the old and the new at once
-        tensors = (*model.parameters(), *small_tensors(model))
-        nbytes = sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
-        choose = chooser(model, config, rows, nbytes)
+        choose = chooser(model, config, rows, _bytes_held(model))
         packing = Packing(self.in_use)
         try:
             self.weights = gather(model, config.fuse, choose, choose.attention, packing)
@@ -74,3 +72,9 @@ class Binding:
         """After a call within which somebody asked for packed weights: they are parameters again, and held once."""
         if self._packing is not None and self._packing.restored:
             self.forget()
+
+
+def _bytes_held(model: nn.Module) -> int:
+    # No tensor outlives this call: a parameter that somebody holds is not packed.
+    tensors = (*model.parameters(), *small_tensors(model))
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())

@@ -27,6 +27,7 @@ template <typename T, typename Seen>
 void attend_chunk(const Strided<const T>& query, const Side& keys, const Side& values, const Seen& visible,
                   const Strided<T>& out, int64_t B, int64_t Q, int64_t N, int64_t K, int64_t D,
                   float scale) {
+  for_head_dim(D, [](auto) {});  // refuses others here: no exception may leave a team of threads
   const bool pairs = in_pairs<T>(D);
   const int64_t units_each = pairs ? D / 2 : D;
   const int64_t G = N / K, tokens = std::max<int64_t>(1, kTaskRows / G), chunks = (Q + tokens - 1) / tokens;
