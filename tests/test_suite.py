@@ -372,6 +372,10 @@ def suite_of(root, *lines, device="cpu"):
     return path
 
 
+def readme_link(path) -> str:
+    return f"[{path.stem}](tb_logs/suite/{path.name})"
+
+
 def test_the_readme_shows_the_newest_whole_run(tmp_path):
     assert "No whole run" in readme.suite([], tmp_path)
     suite_of(tmp_path, kept_line(line="old"))
@@ -379,7 +383,8 @@ def test_the_readme_shows_the_newest_whole_run(tmp_path):
     slow = kept_line(line="slow", reached=False, reached_by_figure={"speed": False, "cost": True})
     newest = suite_of(tmp_path, kept_line(), failed, slow)
     suite_of(tmp_path, kept_line(line="small", quick=True))
-    suite_of(tmp_path, kept_line(line="single", selected=True))
+    suite_of(tmp_path, kept_line(line="single", selected=True, reached=False))
+    alone = suite_of(tmp_path, kept_line(line="single", selected=True))
     text = readme.render("<!-- begin:suite -->\n<!-- end:suite -->\n", [], tmp_path)
     assert readme.render(text, [], tmp_path) == text
     assert f"Example CPU, 2 threads, torch 2.13.0; commit {COMMIT[:7]}; [{newest.stem}](tb_logs/suite/" in text
@@ -387,7 +392,8 @@ def test_the_readme_shows_the_newest_whole_run(tmp_path):
     assert rows[0] == (
         "| `good`: demo fp32, 5 runs | speed >= 2<br>cost <= 1.2 | speed 3.00<br>cost 1.00 | reached | exact |"
     )
-    assert "not measured: too \\| large" in rows[1] and "**not reached**" in rows[2] and len(rows) == 3
+    assert "not measured: too \\| large" in rows[1] and "**not reached**" in rows[2] and len(rows) == 4
+    assert rows[3].startswith("| `single`") and rows[3].endswith(f"| reached | exact | {readme_link(alone)} |")
     assert "dirty tree" not in text
     suite_of(tmp_path, kept_line(commit=None, dirty=True))
     assert "a dirty tree, no commit" in readme.suite([], tmp_path)

@@ -1,13 +1,10 @@
 """What is known of the quality of small weights and caches: the scores that the repository keeps."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastllama.lab.words import LOGS
-
-FOLDER = f"{LOGS}/quality"
-_SWITCHES = ("weights", "cache_k", "cache_v")
+from fastllama.kernels.small_weights import canonical
+from fastllama.lab import score_file
 
 
 @dataclass(frozen=True)
@@ -36,21 +33,13 @@ class Known:
 
 
 def _key(model: str, switches: dict) -> tuple:
-    return model, *(switches.get(name) for name in _SWITCHES)
+    weights = switches.get("weights")
+    return model, weights and canonical(weights), switches.get("cache_k"), switches.get("cache_v")
 
 
 def read(root: Path) -> Known:
     """The scores in a repository. Raises `ValueError` naming the file and the line that is none."""
-    lines = []
-    for path in sorted((Path(root) / FOLDER).glob("*.jsonl")):
-        for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                line = json.loads(text)
-                Known([line])
-            except (ValueError, KeyError, TypeError) as fault:
-                raise ValueError(f"{path} line {number}: not a score ({fault})") from None
-            lines.append(line)
-    return Known(lines)
+    return Known([line for lines in score_file.kept(root).values() for line in lines])
 
 
 def words(found: Quality | None) -> str:

@@ -4,7 +4,7 @@ import re
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-from fastllama.lab import figures, lossy, score_file, score_table, suite_file, words
+from fastllama.lab import figures, lossy, memory_table, points_file, score_file, score_table, suite_file, words
 from fastllama.lab.changes import cell, gain, number, own_rows, speed, table, times_vanilla
 from fastllama.lab.sources import ROOT
 
@@ -184,6 +184,15 @@ def suite(records: list[dict], root: Path = ROOT) -> str:
         where = f"[{path.stem}]({path.relative_to(root).as_posix()})"
         about = f"{cell(machine)}; {', '.join(sorted(commits))}; {where}:"
         parts.append(f"{about}\n\n{table(_SUITE_HEADS, [_suite_row(one) for one in kept])}")
+    for device, lines in suite_file.later(root).items():
+        rows = [
+            [*_suite_row(one), f"[{path.stem}]({path.relative_to(root).as_posix()})"] for path, one in lines.values()
+        ]
+        machines = {
+            figures.machine_name({**one, "device": "cpu" if device == "cpu" else "cuda"}) for _, one in lines.values()
+        }
+        about = f"By themselves since; {cell('; '.join(sorted(machines)))}:"
+        parts.append(f"{about}\n\n{table([*_SUITE_HEADS, 'run'], rows)}")
     return "\n".join(parts) or "No whole run of the suite yet: `python -m fastllama.lab.suite cpu`.\n"
 
 
@@ -197,7 +206,26 @@ def quality(records: list[dict], root: Path = ROOT) -> str:
     return "\n".join(parts) or "No score is kept yet: `python -m fastllama.lab eval --json FILE`.\n"
 
 
-BLOCKS = {"switches": switches, "result": result, "suite": suite, "lossy": lossy.table, "quality": quality}
+def memory(records: list[dict], root: Path = ROOT) -> str:
+    """The peaks by context length that tb_logs/memory-table holds, predicted beside measured, a table for each file."""
+    parts = []
+    for path in sorted((Path(root) / words.LOGS / "memory-table").glob("*.jsonl")):
+        where = f"[{path.stem}]({path.relative_to(root).as_posix()})"
+        parts.append(f"{where}: {memory_table.words(points_file.read(path))}")
+    return (
+        "\n".join(parts)
+        or "No table is kept yet: `python run_llama.py --sweep memory-table --memory-only --json FILE`.\n"
+    )
+
+
+BLOCKS = {
+    "switches": switches,
+    "result": result,
+    "suite": suite,
+    "lossy": lossy.table,
+    "quality": quality,
+    "memory": memory,
+}
 
 
 def render(text: str, records: list[dict], root: Path = ROOT) -> str:

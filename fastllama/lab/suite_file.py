@@ -58,7 +58,7 @@ def create(device: str, commit: str | None, root: Path = ROOT) -> Path:
     """A new empty file with the next number; without `commit`, for sources that no commit holds, it says "dirty"."""
     folder = Path(root) / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    number = max((int(_NAME.fullmatch(path.name)[2]) for path in _files(root)), default=0) + 1
+    number = max(map(_number, _files(root)), default=0) + 1
     while True:
         path = folder / f"{device}-{number:03d}-{commit[:7] if commit else DIRTY}.jsonl"
         try:
@@ -101,7 +101,7 @@ def read(path: Path) -> list[dict]:
 
 def _files(root: Path) -> list[Path]:
     found = [path for path in (Path(root) / FOLDER).glob("*.jsonl") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(_NAME.fullmatch(path.name)[2]))
+    return sorted(found, key=_number)
 
 
 def newest(root: Path = ROOT) -> dict[str, tuple[Path, list[dict]]]:
@@ -112,3 +112,20 @@ def newest(root: Path = ROOT) -> dict[str, tuple[Path, list[dict]]]:
         if records and not any(record["quick"] or record["selected"] for record in records):
             found[records[0]["device"]] = (path, records)
     return found
+
+
+def later(root: Path = ROOT) -> dict[str, dict[str, tuple[Path, dict]]]:
+    """Of each device the newest record of each line that was measured by itself (`--only`) after the whole run."""
+    whole = newest(root)
+    found: dict[str, dict[str, tuple[Path, dict]]] = {}
+    for path in _files(root):
+        for record in read(path):
+            device = record["device"]
+            after = device not in whole or _number(path) > _number(whole[device][0])
+            if record["selected"] and not record["quick"] and after:
+                found.setdefault(device, {})[record["line"]] = (path, record)
+    return found
+
+
+def _number(path: Path) -> int:
+    return int(_NAME.fullmatch(path.name)[2])

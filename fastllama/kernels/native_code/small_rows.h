@@ -63,9 +63,10 @@ inline __m256i integers(f32x16 x, float factor) { return _mm512_cvtepi32_epi16(_
 constexpr float kMostInteger = 32767;
 constexpr float kLeastBound = 1e-30f;  // below it there is nothing to scale
 
+// Not inlined: the compiler then keeps the sums in registers.
 template <int N, int C>
-inline void small_products(const int32_t* left, int reach, const int32_t* packed, int width, int units, Asking& asking,
-                           __m512i (*totals)[C]) {
+__attribute__((noinline)) void small_products(const int32_t* left, int reach, const int32_t* packed, int width, int units,
+                                              Asking& asking, __m512i (*totals)[C]) {
   __m512i sums[N][C] = {};  // in registers: what `totals` points to might be what is read
   for (int u = 0; u < units; ++u) {
     asking.ask();
