@@ -10,6 +10,7 @@
 #include <ATen/Parallel.h>
 #include <omp.h>
 
+#include "barrier.h"
 #include "quantise.h"
 #include "small.h"
 
@@ -67,7 +68,7 @@ class Decoder {
 #pragma omp parallel num_threads(at::get_num_threads())
     {
       const int t = omp_get_thread_num(), n = omp_get_num_threads();
-#pragma omp for
+#pragma omp for nowait
       for (int64_t m = 0; m < M; ++m) {
         if (embedding.small.quants) {
           expand_row(embedding.small, ids[m], embedded_.data() + m * E_);
@@ -77,22 +78,23 @@ class Decoder {
         const T* row = embedding.plain.weight + ids[m] * E_;
         for (int64_t e = 0; e < E_; ++e) hidden_[m * E_ + e] = float(row[e]);
       }
+      barrier_->wait(n);
       for (const Layer<T>& layer : layers) {
-        normalise(M, layer.input_norm, layer.input_eps);
+        normalise(M, layer.input_norm, layer.input_eps, n);
         team(x_, layer.qkv, t, n, [&](int64_t m, int64_t i, float y) { qkv_[m * layer.qkv.N + i] = y; });
-#pragma omp barrier
-        rotate_and_store(layer, M, Q);
-        attention(layer, M, Q);
+        barrier_->wait(n);
+        rotate_and_store(layer, M, Q, n);
+        attention(layer, M, Q, n);
         team(attended_, layer.o, t, n, [&](int64_t m, int64_t i, float y) { hidden_[m * E_ + i] += y; });
-#pragma omp barrier
-        normalise(M, layer.post_norm, layer.post_eps);
+        barrier_->wait(n);
+        normalise(M, layer.post_norm, layer.post_eps, n);
         team(x_, layer.gate_up, t, n, [&](int64_t m, int64_t i, float y) { gate_up_[m * layer.gate_up.N + i] = y; });
-#pragma omp barrier
+        barrier_->wait(n);
         activate(M, layer.down.K, t, n);
         team(inner_, layer.down, t, n, [&](int64_t m, int64_t i, float y) { hidden_[m * E_ + i] += y; });
-#pragma omp barrier
+        barrier_->wait(n);
       }
-      normalise(M, norm, eps);
+      normalise(M, norm, eps, n);
       team(x_, head, t, n, [&](int64_t m, int64_t i, float y) { logits[m * head.N + i] = T(y); });
     }
     for (int64_t b = 0; b < sizes.batch; ++b) {
@@ -108,6 +110,7 @@ class Decoder {
   std::vector<T> query_rounded_;  // the same numbers, for processors that multiply T in pairs
   std::vector<int64_t> seen_;
   Operand<T> x_, attended_, inner_;
+  std::unique_ptr<Barrier> barrier_ = std::make_unique<Barrier>();
 
   void reserve(int64_t Q) {
     const int64_t M = sizes.batch * Q, groups = sizes.batch * sizes.kv_heads;
@@ -149,8 +152,8 @@ class Decoder {
   }
 
   // x = weight * T(hidden / rms(hidden)); ends with a barrier.
-  void normalise(int64_t M, const T* weight, float epsilon) {
-#pragma omp for
+  void normalise(int64_t M, const T* weight, float epsilon, int n) {
+#pragma omp for nowait
     for (int64_t m = 0; m < M; ++m) {
       const float* row = hidden_.data() + m * E_;
       float squares = 0;
@@ -160,12 +163,13 @@ class Decoder {
         for (int64_t e = 0; e < count; ++e) to[e] = T(float(T(row[k + e] * factor)) * float(weight[k + e]));
       });
     }
+    barrier_->wait(n);
   }
 
   // Rotates queries and keys, writes keys and values to the cache; ends with a barrier.
-  void rotate_and_store(const Layer<T>& layer, int64_t M, int64_t Q) {
+  void rotate_and_store(const Layer<T>& layer, int64_t M, int64_t Q, int n) {
     const int64_t D = sizes.dim, N = sizes.heads, K = sizes.kv_heads, G = N / K, half = D / 2;
-#pragma omp for
+#pragma omp for nowait
     for (int64_t task = 0; task < M * (N + 2 * K); ++task) {
       const int64_t m = task / (N + 2 * K), h = task % (N + 2 * K), b = m / Q, q = m % Q;
       const int64_t position = valid_past_index[b] + q;
@@ -192,12 +196,13 @@ class Decoder {
         }
       }
     }
+    barrier_->wait(n);
   }
 
   // Each kv head over its share of positions, then the shares joined into the next product's x; ends with a barrier.
-  void attention(const Layer<T>& layer, int64_t M, int64_t Q) {
+  void attention(const Layer<T>& layer, int64_t M, int64_t Q, int n) {
     const int64_t D = sizes.dim, K = sizes.kv_heads, G = sizes.heads / K, R = G * Q;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t task = 0; task < sizes.batch * K * chunks_; ++task) {
       const int64_t pair = task / chunks_, chunk = task % chunks_, b = pair / K;
       const int64_t used = valid_past_index[b] + Q, blocks = (used + kBlock - 1) / kBlock;
@@ -208,13 +213,15 @@ class Decoder {
       const float* units = in_pairs<T>(D) ? (const float*)(query_rounded_.data() + pair * R * D) : query_.data() + pair * R * D;
       attend_head<T>(D, units, sizes.scale, keys, values, begin, end, seen_.data() + pair * R, (int)R, out);
     }
-#pragma omp for
+    barrier_->wait(n);
+#pragma omp for nowait
     for (int64_t task = 0; task < M * sizes.heads; ++task) {
       const int64_t m = task / sizes.heads, h = task % sizes.heads, b = m / Q, q = m % Q;
       const int64_t pair = b * K + h / G, row = (h % G) * Q + q;
       join({maximum_.data(), total_.data(), mixed_.data()}, pair * chunks_ * R + row, R, chunks_, D,
            [&](int64_t d, float value) { attended_.put(m, h * D + d, value); });
     }
+    barrier_->wait(n);
   }
 
   // inner = silu(gate) * up; ends with a barrier.
@@ -234,7 +241,7 @@ class Decoder {
         for (; i < end; ++i) to[i - k] = T(gate[i] / (1.f + std::exp(-gate[i])) * gate[I + i]);
       });
     }
-#pragma omp barrier
+    barrier_->wait(n);
   }
 };
 
