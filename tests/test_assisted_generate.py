@@ -131,11 +131,17 @@ def test_half_precision_with_a_draft_in_another_dtype(models):
     assert ours.assisted.acceptance > 0.5
 
 
-def test_the_demo_and_its_draft():
-    ours, draft = (
+@pytest.fixture(scope="module")
+def demo():
+    """The demo and its draft."""
+    return [
         fastllama.LlamaForCausalLM.from_pretrained(demo_folder(which), dtype=torch.float32)
         for which in ("target", "draft")
-    )
+    ]
+
+
+def test_the_demo_and_its_draft(demo):
+    ours, draft = demo
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(20, 800, (1, 24), generator=generator)
     for model in (ours, draft):
@@ -255,6 +261,25 @@ def test_the_cache_handed_out_is_the_one_without_assistance(models, batch):
     for layer, other in zip(found.past_key_values.layers, expected.past_key_values.layers, strict=True):
         torch.testing.assert_close(layer.keys, other.keys, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(layer.values, other.values, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["draft", "lookup"])
+def test_stop_strings_and_time(demo, demo_tokenizer, mode):
+    ours, draft = demo
+    for model in demo:
+        model.free()
+    demo_tokenizer.padding_side = "left"
+    texts = ["def main(argv):\n", "class Reader:\n    def read(self):\n        return"]
+    inputs = demo_tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
+    for stopping in ({"stop_strings": ["right (\n#", "_nul"], "tokenizer": demo_tokenizer}, {"max_time": 1e-9}):
+        options = {"max_new_tokens": 60, **stopping, **GREEDY}
+        for rows in (slice(0, 2), slice(1, 2)):
+            some = {name: tensor[rows] for name, tensor in inputs.items()}
+            expected = generate(ours, some, **options)
+            assert expected.shape[1] < inputs["input_ids"].shape[1] + 60
+            found = generate(ours, some, **options, **assistance(mode, draft, 6))
+            assert torch.equal(found, expected)
+            assert ours.assisted.mode == mode
 
 
 class Recorder:
