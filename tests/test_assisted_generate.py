@@ -346,6 +346,39 @@ def test_a_draft_of_transformers_own_is_left_as_it_is(models):
         assert (parameter.data_ptr(), True) == (before[name][0], torch.equal(parameter, before[name][1]))
 
 
+@pytest.mark.parametrize("size", [300, 450])
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED, {"do_sample": True, "repetition_penalty": 1.2}], ids=str)
+def test_a_vocabulary_that_is_shorter_or_longer(models, demo_tokenizer, sampling, size):
+    _, ours, _ = models
+    draft = pair(max_position_embeddings=256, vocab_size=size)[1]
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            known = min(len(parameter), len(draft.get_parameter(name)))
+            draft.get_parameter(name)[:known] = parameter[:known]
+        draft.lm_head.weight[min(size, 384) :] *= 3  # what the target has not got would win
+    both = {"tokenizer": demo_tokenizer, "assistant_tokenizer": demo_tokenizer}
+    for batch in ("one", "padded"):
+        options = {"max_new_tokens": NEW, **sampling}
+        found = generate(ours, prompt(batch), **options, **assistance("draft", draft), **both)
+        # The longer one knows all that the target does, so that everything it draws from the same scores stands.
+        assert ours.assisted.accepted_tokens > 0
+        if size == 450 and "repetition_penalty" not in sampling:
+            assert ours.assisted.acceptance > 0.99
+        if sampling is GREEDY:
+            assert torch.equal(found, generate(ours, prompt(batch), **options))
+
+
+def test_tokenizers_are_compared_by_what_ids_mean(models, demo_tokenizer):
+    companions, other = models[1]._companions, copy.deepcopy(demo_tokenizer)
+    assert companions.same_tokenizer(demo_tokenizer, None)
+    assert companions.same_tokenizer(None, None)
+    assert companions.same_tokenizer(demo_tokenizer, other)
+    other = copy.deepcopy(demo_tokenizer)
+    other.add_tokens(["something new"])
+    assert not companions.same_tokenizer(demo_tokenizer, other)
+    assert not companions.same_tokenizer(demo_tokenizer, other)
+
+
 def test_k_and_schedule_come_from_the_draft_as_in_transformers(models):
     _, ours, draft = models
     inputs = prompt("one")

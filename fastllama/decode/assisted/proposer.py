@@ -67,6 +67,8 @@ class LookupProposer:
 class DraftProposer:
     """A smaller Llama with an engine of its own.
 
+    Its vocabulary may be shorter or longer than the target's `vocabulary` ids: what it has not got it is shown as its
+    last id, and it proposes nothing that the target has not got.
     `processing` where it samples, None where it is greedy. Drafting ends early where every row has proposed an end of
     text or a token of probability below `threshold` (0: never).
     """
@@ -75,8 +77,13 @@ class DraftProposer:
 
     def __init__(
         self, model: nn.Module, engine: Engine, prompt: Prompt, new_tokens: int | None, processing: Processing | None,
-        threshold: float,
+        threshold: float, vocabulary: int,
     ):  # fmt: skip
+        own = model.config.vocab_size
+        self.last_id = own - 1 if own < vocabulary else None
+        self.vocabulary = vocabulary if own != vocabulary else None
+        if self.last_id is not None:
+            prompt = prompt._replace(tokens=prompt.tokens.clamp_max(self.last_id))
         self.model, self.engine, self.prompt, self.new_tokens = model, engine, prompt, new_tokens
         self.processing, self.threshold = processing, threshold
         self.held: list[int] | None = None  # tokens of each row in the draft's cache that stand
@@ -136,6 +143,8 @@ class DraftProposer:
             self.engine.grow(self.model)
         self.engine.place([max(length - behind, 0) for length in real])
         ids, forwards = rows.newest(behind).to(self.device), 0
+        if self.last_id is not None:
+            ids = ids.clamp_max(self.last_id)
         for part in ids.split(_CATCH_UP, dim=1):
             logits_BV = self.engine.step(part)[:, -1]
             forwards += 1
@@ -143,7 +152,12 @@ class DraftProposer:
 
     def _chosen(self, rows: Rows, before: list[torch.Tensor], logits_BV: torch.Tensor):
         """The next token [B], whether its probability reaches the threshold [B] or None, and what it was drawn from."""
+        if self.vocabulary is not None:
+            logits_BV = logits_BV[:, : self.vocabulary]
         if self.processing is not None:
+            if self.vocabulary is not None:
+                missing = self.vocabulary - logits_BV.shape[1]
+                logits_BV = torch.nn.functional.pad(logits_BV, (0, missing), value=float("-inf"))
             q_BV = self.processing.drafted(rows, before, logits_BV).softmax(-1)
             token_B = draw(q_BV)
             sure_B = q_BV.gather(1, token_B[:, None])[:, 0] >= self.threshold if self.threshold else None
