@@ -145,14 +145,21 @@ def prediction(record: dict) -> str:
     return cell(record["prediction"]) + note[record["prediction_committed"]]
 
 
+def how(record: dict) -> str:
+    """What was compiled, and for an assisted record its gain end to end over the same model unassisted."""
+    words = record["switches"]["compile"]
+    return (
+        f"{words}, assisted x {number(record['assisted']['speedup_end_to_end'], 2)}" if "assisted" in record else words
+    )
+
+
 def _row(record: dict, before: dict | None) -> list[str]:
     share = record["ceiling_fraction"]
-    switch = record["switches"]["compile"]
     return [
         f"[{record['id'].split('-')[0]}]({words.LOGS}/{record['id']}/record.json)",
         f"`{record['commit'][:7]}`",
         cell(record["what"]),
-        switch,
+        how(record),
         speed(record["tok_per_s"]),
         speed(record["decode_tok_per_s"], figures.spread(record)),
         times_vanilla(record),

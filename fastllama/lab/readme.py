@@ -4,7 +4,7 @@ import re
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-from fastllama.lab import figures, lossy, score_file, score_table, suite_file, words
+from fastllama.lab import assisted_table, figures, lossy, score_file, score_table, suite_file, words
 from fastllama.lab.changes import cell, gain, number, own_rows, speed, table, times_vanilla
 from fastllama.lab.sources import ROOT
 
@@ -128,7 +128,7 @@ def result(records: list[dict], root: Path = ROOT) -> str:
     """A table per machine: of each model and dtype the newest commit's row that has vanilla beside it."""
     newest = {}
     for record in own_rows(records):
-        if record["baseline"] is not None and record["switches"]["preallocate"]:
+        if record["baseline"] is not None and record["switches"]["preallocate"] and "assisted" not in record:
             key = (record["model"], record["dtype"])
             newest.setdefault(figures.machine_name(record), {})[key] = record
     if not newest:
@@ -197,7 +197,14 @@ def quality(records: list[dict], root: Path = ROOT) -> str:
     return "\n".join(parts) or "No score is kept yet: `python -m fastllama.lab eval --json FILE`.\n"
 
 
-BLOCKS = {"switches": switches, "result": result, "suite": suite, "lossy": lossy.table, "quality": quality}
+BLOCKS = {
+    "switches": switches,
+    "result": result,
+    "suite": suite,
+    "lossy": lossy.table,
+    "quality": quality,
+    "assisted": assisted_table.table,
+}
 
 
 def render(text: str, records: list[dict], root: Path = ROOT) -> str:
