@@ -208,7 +208,7 @@ def _run_task(options: argparse.Namespace) -> int:
     given = {name: value for name in OPTIONS if (value := getattr(options, name)) is not None}
     task = run.plan(options.task, given, options.runs or NUM_RUNS, options.warmup)
     with progress(task.steps) as begin:
-        lines = run.measure(task, options.json, begin)
+        lines = run.run(task, options.json, begin)
     Console().print(table.of(lines))
     return 0
 

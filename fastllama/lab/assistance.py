@@ -1,6 +1,6 @@
 """Assistance: who drafts tokens for the target to verify, and how many at a time."""
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 
 from fastllama.model.config import FastConfig
 
@@ -77,7 +77,7 @@ class Assistance:
         return (self.draft or target) if self.drafts else None
 
     def check(self, preallocates: bool, positions: int, prompt_length: int) -> None:
-        """`ValueError` where the options do not go together, or do not fit a row's cache positions behind its prompt."""
+        """`ValueError` where options do not go together, or do not fit a row's cache positions behind its prompt."""
         if not self.active:
             named = [name for name in ("draft_tokens", "draft_schedule") if name in self.given]
             if named:
@@ -119,12 +119,7 @@ NAMES = tuple(part.name for part in fields(Assistance))
 
 def of_stored(kept: dict) -> Assistance:
     """The assistance of a stored point, or of a line of a task. `ValueError` or `TypeError` where it is none."""
-    return Assistance(**{name: value for name, value in kept.get("assisted", {}).items() if name in NAMES})
-
-
-def options(assistance: Assistance) -> dict:
-    """The options as they are stored."""
-    return asdict(assistance)
+    return Assistance(**{name: value for name, value in (kept.get("assisted") or {}).items() if name in NAMES})
 
 
 def _flag(name: str) -> str:

@@ -1,4 +1,4 @@
-"""What assistance did: the reports of its calls, its gain over the same model unassisted, and how a point keeps both."""
+"""What assistance did: reports of its calls, the gain over the same model unassisted, and how a point keeps both."""
 
 from statistics import median
 
@@ -88,7 +88,7 @@ def summary(reports: list[dict]) -> dict:
 
 
 def of(subject, unassisted, sizes: tuple[int, int], verdict: str, divergence: dict | None) -> dict:
-    """The measured part of a point's `assisted`, of two contestants that were timed in turns; sizes: rows, new tokens."""
+    """The measured part of a point's `assisted`, of contestants that were timed in turns; sizes: rows, new tokens."""
     plain = {"path": unassisted.path, "hash": next(iter(unassisted.outputs)), "runs": unassisted.runs}
     return {
         "mode": subject.reports[0]["mode"],

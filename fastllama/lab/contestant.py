@@ -18,7 +18,6 @@ from fastllama.lab.point import Point
 from fastllama.lab.sampler import Sampler
 from fastllama.lab.workload import Prompt
 
-
 _OURS = ("ours", "unassisted")
 
 

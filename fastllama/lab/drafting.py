@@ -1,4 +1,4 @@
-"""The draft beside a target: whether its tokens are the target's, and the model that drafts, reserved like the target."""
+"""The draft beside a target: whether its tokens are the target's, and the model, reserved like the target."""
 
 from dataclasses import replace
 

@@ -131,7 +131,10 @@ def _figures(point: Point, each: Contestant) -> dict:
     }
 
 
-def _divergence(found: Divergence) -> dict:
+def divergence_json(found: Divergence | None) -> dict | None:
+    """A divergence as JSON has it."""
+    if found is None:
+        return None
     return {**asdict(found), "margin": found.margin if math.isfinite(found.margin) else None}
 
 
@@ -139,13 +142,13 @@ def _ratio(above: float | None, below: float | None) -> float | None:
     return None if above is None or not below else above / below
 
 
-def _assisted(point: Point, subject: Contestant, unassisted: Contestant, prompt: Prompt, name: str) -> dict:
+def assisted_part(point: Point, subject: Contestant, unassisted: Contestant, prompt: Prompt, name: str) -> dict:
     """What assistance did, with the verdict on the ids (of hash `name`) that the record is of."""
     ids_BN = subject.outputs[name]
     alone = Contestant(subject.name, subject.model, assistance=subject.assistance, outputs={name: ids_BN})
     verdict, divergence, _, _ = judged(point, alone, unassisted, prompt, lossy=False)
     sizes = (point.workload.batch_size, point.workload.new_tokens)
-    return assisted.of(subject, unassisted, sizes, verdict, None if divergence is None else _divergence(divergence))
+    return assisted.of(subject, unassisted, sizes, verdict, divergence_json(divergence))
 
 
 def _record(point: Point, contestants, prompt: Prompt, tokenizer, recompiles: int, ceiling: Ceiling) -> dict:
@@ -165,7 +168,7 @@ def _record(point: Point, contestants, prompt: Prompt, tokenizer, recompiles: in
     read = None if steps_per_s is None else step * steps_per_s / 1e9
     identity = point.identity()
     if point.assistance.active:
-        identity["assisted"] |= _assisted(point, subject, contestants[-1], prompt, name)
+        identity["assisted"] |= assisted_part(point, subject, contestants[-1], prompt, name)
     return {
         "schema": SCHEMA,
         **identity,
@@ -175,7 +178,7 @@ def _record(point: Point, contestants, prompt: Prompt, tokenizer, recompiles: in
         "hash": name,
         "reference_hash": reference_hash,
         "parity": "reference" if baseline is None else verdict,
-        "first_divergence": None if divergence is None else _divergence(divergence),
+        "first_divergence": divergence_json(divergence),
         "recompiles_after_warmup": recompiles,
         "baseline": baseline,
         "speedup": ours["tok_per_s"] / against["tok_per_s"],
