@@ -72,8 +72,7 @@ class Contestant:
             raise RuntimeError(f"{self.name} returned {tuple(new_ids.shape)} new tokens and not {new_tokens} a row")
         if self.name in _OURS:
             self._path = self.model.path  # of this contestant's own call: two may share a model
-        if self.assistance:
-            self.told = self._report()
+            self.told = self._report() if self.assistance else None
         return new_ids, seconds
 
     def _report(self) -> dict:
@@ -108,7 +107,7 @@ class Contestant:
         new_ids, seconds = self.generate(prompt, new_tokens)
         self.runs.append({"total_s": seconds})
         self.outputs.setdefault(output_hash(new_ids), new_ids)
-        self.reports += [self.told] if self.assistance else []
+        self.reports += [self.told] if self.told is not None else []
 
     def time_first(self, prompt: Prompt) -> None:
         """End a run: t_1."""

@@ -56,15 +56,17 @@ def verify_s(costs: dict, tokens: float) -> float:
     return first + (second - first) * (tokens - low) / (high - low)
 
 
-def speedup(costs: dict, drafted: float, acceptance: float, new_tokens: int, prefill: tuple[float, float]) -> float:
-    """The gain end to end of rounds that draft K tokens, of which this share is accepted.
+def seconds(
+    costs: dict, drafted: float, acceptance: float, new_tokens: int, prefill: tuple[float, float]
+) -> tuple[float, float]:
+    """(unassisted, assisted) seconds of a call whose rounds draft K tokens, of which this share is accepted.
 
     A round gives 1 + K x acceptance tokens, and takes K steps of the draft and one pass of K + 1 tokens. prefill:
     seconds to the first token, unassisted and assisted. new_tokens: N of a row.
     """
     rounds = (new_tokens - 1) / (1 + drafted * acceptance)
-    plain_s = prefill[0] + (new_tokens - 1) * costs["step_s"]
-    return plain_s / (prefill[1] + rounds * (drafted * costs["draft_step_s"] + verify_s(costs, 1 + drafted)))
+    round_s = drafted * costs["draft_step_s"] + verify_s(costs, 1 + drafted)
+    return prefill[0] + (new_tokens - 1) * costs["step_s"], prefill[1] + rounds * round_s
 
 
 def drafted_a_round(reports: list[dict]) -> float:
@@ -73,11 +75,21 @@ def drafted_a_round(reports: list[dict]) -> float:
     return sum(report["draft_tokens"] for report in reports) / rounds if rounds > 0 else 0.0
 
 
-def predicted(line: dict) -> float | None:
-    """The gain foretold for a measured line; None where it was not assisted."""
+def prefills(line: dict) -> tuple[float, float]:
+    """Seconds to the first token of an assisted line, unassisted and assisted."""
+    return median(run["first_s"] for run in line["assisted"]["unassisted"]["runs"]), line["assisted"]["prefill_s"]
+
+
+def predicted_seconds(line: dict) -> tuple[float, float] | None:
+    """(unassisted, assisted) as foretold for a measured line; None where it was not assisted."""
     found, costs = line["assisted"], line["costs"]
     if found is None or costs is None:
         return None
-    prefill = median(run["first_s"] for run in found["unassisted"]["runs"]), found["prefill_s"]
-    share = found["acceptance"] or 0.0
-    return speedup(costs, drafted_a_round(found["reports"]), share, line["new_tokens"], prefill)
+    drafted, share = drafted_a_round(found["reports"]), found["acceptance"] or 0.0
+    return seconds(costs, drafted, share, line["new_tokens"], prefills(line))
+
+
+def predicted(line: dict) -> float | None:
+    """The gain foretold for a measured line; None where it was not assisted."""
+    both = predicted_seconds(line)
+    return None if both is None or not both[1] else both[0] / both[1]

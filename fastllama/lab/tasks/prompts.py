@@ -42,6 +42,7 @@ _SHOWN = 0.4  # of the edited function's lines, so that what follows continues a
 class Example:
     """One prompt of a task: `prompt` has a single row without padding."""
 
+    task: str
     name: str
     prompt: Prompt
     new_tokens: int
@@ -115,4 +116,4 @@ def examples(task: str, tokenizer, seed: int = 0) -> list[Example]:
     else:
         texts = {" ".join(text.split()): text for text in DECODE} if task == "decode" else lookup_texts()
         prompts = {name: _of_text(tokenizer, text) for name, text in texts.items()}
-    return [Example(name, prompt, new_tokens) for name, prompt in prompts.items()]
+    return [Example(task, name, prompt, new_tokens) for name, prompt in prompts.items()]

@@ -138,6 +138,7 @@ def subject_figures(point: Point, subject: Contestant, example: Example) -> dict
     derived = figures.summary(subject.runs, 1, example.new_tokens)
     del derived["row_tok_per_s"]
     return {
+        "task": example.task,
         "example": example.name,
         "prompt_length": example.length,
         "new_tokens": example.new_tokens,
@@ -167,7 +168,7 @@ def run(task: Task, path: Path | None = None, begin: Callable[[str], None] = lam
     contestants, lines = load(task), []
     try:
         for place, line in enumerate(measure_examples(task, contestants, begin), 1):
-            head = {"task_schema": file.SCHEMA, "task": task.name, "number": place, "examples": len(task.examples)}
+            head = {"task_schema": file.SCHEMA, "number": place, "examples": len(task.examples)}
             head |= {field: identity[field] for field in kept}
             tail = {"environment": facts, "command": task.command, "source_sha256": source}
             lines.append(file.check_line(digest.seal({**head, **line, **tail}), f"example {line['example']}"))
