@@ -8,6 +8,10 @@ import torch
 import transformers
 from transformers.utils import logging
 
+from fastllama.decode.assisted.call import assisted_call
+from fastllama.decode.assisted.companions import Companions
+from fastllama.decode.assisted.report import Assisted
+from fastllama.decode.assisted.support import ASKED
 from fastllama.decode.engine import Engine
 from fastllama.decode.loop import sample_loop
 from fastllama.decode.prompt import unpad
@@ -20,6 +24,8 @@ from fastllama.model.small_loading import known_to_transformers, quantised_by
 logger = logging.get_logger("fastllama")
 # Whether the generate call in progress, in this thread, was handed past_key_values.
 _given_cache: ContextVar[bool] = ContextVar("given_cache", default=False)
+# What that call itself says about assistance, which transformers reads from the draft's generation config only.
+_asked: ContextVar[dict | None] = ContextVar("asked", default=None)
 
 
 def _on_ordinary_tensors(method):
@@ -43,7 +49,9 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
     def __init__(self, config):
         super().__init__(config)
         self._engine = Engine()
+        self._companions = Companions()
         self._path = "no call yet"
+        self._assisted = None
 
     @classmethod
     @functools.wraps(transformers.LlamaForCausalLM.from_pretrained.__func__)
@@ -109,6 +117,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
     def free(self) -> None:
         """Gives back what `preallocate` or the first `generate` took."""
         self._engine.free()
+        self._companions.free()
 
     @property
     def valid_past_index(self) -> torch.Tensor | None:
@@ -119,6 +128,11 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
     def path(self) -> str:
         """Which path the last generation took."""
         return self._path
+
+    @property
+    def assisted(self) -> Assisted | None:
+        """What assistance did in the last generation; None where it was not asked for, or the parent's code ran."""
+        return self._assisted
 
     # forward passes for people who write their own loop
 
@@ -165,12 +179,15 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
 
     @functools.wraps(transformers.LlamaForCausalLM.generate)
     def generate(self, *args, **kwargs):
-        self._path = None
+        self._path = self._assisted = None
         given = _given_cache.set(kwargs.get("past_key_values") is not None)
+        config = args[1] if len(args) > 1 else kwargs.get("generation_config")
+        asked = _asked.set({name: kwargs.get(name, getattr(config, name, None)) for name in ASKED})
         try:
             result = super().generate(*args, **kwargs)
         finally:
             _given_cache.reset(given)
+            _asked.reset(asked)
         if self._path is None:
             self._say_parent("this decoding mode is not sped up")
         return result
@@ -220,6 +237,50 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
             self._engine.binding.forget_restored()
             self._engine.lock.release()
         return result
+
+    def _assisted_decoding(
+        self,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        synced_gpus=False,
+        streamer=None,
+        inputs_tensor=None,
+        assistant_model=None,
+        assistant_tokenizer=None,
+        tokenizer=None,
+        **model_kwargs,
+    ):
+        """The parent's, which takes one row, for any number of rows."""
+        how = (logits_processor, stopping_criteria, generation_config)
+        draft = assistant_model if generation_config.prompt_lookup_num_tokens is None else None
+        obstacle = "past_key_values are given" if _given_cache.get() else None
+        obstacle = obstacle or model_obstacle(self)
+        obstacle = obstacle or call_obstacle(self, generation_config, synced_gpus, model_kwargs)
+        if obstacle is None:
+            with torch.inference_mode(False):
+                ids = _ordinary(input_ids)
+                inputs = model_kwargs | {"attention_mask": _ordinary(model_kwargs.get("attention_mask"))}
+            other_tokenizer = assistant_tokenizer is not None
+            obstacle, result, report, words = assisted_call(
+                self, self._engine, self._companions, _asked.get(), draft, other_tokenizer, ids, how, streamer, inputs
+            )
+        if obstacle is None:
+            self._assisted, self._path = report, words
+            return result
+        self._say_parent(obstacle)
+        return super()._assisted_decoding(
+            input_ids,
+            *how,
+            synced_gpus=synced_gpus,
+            streamer=streamer,
+            inputs_tensor=inputs_tensor,
+            assistant_model=assistant_model,
+            assistant_tokenizer=assistant_tokenizer,
+            tokenizer=tokenizer,
+            **model_kwargs,
+        )
 
     def _say_parent(self, reason: str) -> None:
         self._path = f"parent: {reason}"

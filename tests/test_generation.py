@@ -263,7 +263,7 @@ def test_inference_mode(compiled):
 
 PARENTS = {
     "beam search": {"num_beams": 2},
-    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "early exit": {"assistant_early_exit": 1},
     "static cache of transformers": {"cache_implementation": "static"},
     "no cache": {"use_cache": False},
     "attentions": {"return_dict_in_generate": True, "output_attentions": True},

@@ -15,6 +15,7 @@ from fastllama.decode.binding import Binding, chooser, require_weights
 from fastllama.decode.chunks import automatic_chunk
 from fastllama.decode.prompt import Prompt
 from fastllama.decode.reservation import bytes_for, implicit_length, require_fit, same_but_longer, shape_for
+from fastllama.kernels.linear import NATIVE_ROWS
 from fastllama.model.capture import CapturedStep
 from fastllama.model.compiled import Buckets, compiled_step
 from fastllama.model.config import FastConfig
@@ -47,6 +48,8 @@ class Engine:
         self._buckets: Buckets | None = None
         self._rows = 0  # rows of the call in progress; the cache may have more
         self._used = 0  # positions in use by the longest row, known without asking the device
+        self._written = 0  # positions that hold anything, taken back or not
+        self._mask_is_stale = False  # open at positions that were taken back
 
     def __deepcopy__(self, memo) -> "Engine":
         return Engine(self.default)
@@ -183,9 +186,9 @@ class Engine:
 
     def begin(self, rows: int) -> None:
         """Forgets what the cache holds; the next call has `rows` rows."""
-        self.cache.clear(self._used)
-        self._rows, self._used = rows, 0
-        self.cache.set_valid_past(torch.zeros_like(self.cache.valid_past_index))
+        self.cache.clear(max(self._used, self._written))
+        self._rows, self._used, self._written = rows, 0, 0
+        self._set_valid_past(torch.zeros_like(self.cache.valid_past_index))
 
     def prefill(self, prompt: Prompt, chunk: int | None = None) -> torch.Tensor:
         """Logits [B, V] of each row's last prompt token; the cache then holds the prompt.
@@ -209,8 +212,8 @@ class Engine:
             last_BE = here_BE if last_BE is None else torch.where(inside, here_BE, last_BE)
         valid = torch.zeros_like(self.cache.valid_past_index)
         valid[:batch] = lengths
-        self.cache.set_valid_past(valid)
-        self._rows, self._used = batch, prompt.longest
+        self._set_valid_past(valid)
+        self._rows, self._used, self._written = batch, prompt.longest, max(prompt.longest, self._written)
         return self.weights.lm_head(self.weights.norm(last_BE[:, None]))[:, 0]
 
     def step(self, ids_BQ: torch.Tensor) -> torch.Tensor:
@@ -223,8 +226,10 @@ class Engine:
             ids_BQ = torch.cat((ids_BQ, idle))
         if self._native is not None and self._native.takes(*ids_BQ.shape):
             logits = self._native(ids_BQ.contiguous())
-            self._used = used
+            self._used, self._written = used, max(used, self._written)
             return logits[:rows]
+        if self._mask_is_stale:  # C++ reads no mask
+            self._set_valid_past(cache.valid_past_index)
         index_BQ = cache.valid_past_index[:, None] + self._offsets(tokens)
         cos_BQD, sin_BQD = self.rotary.at(index_BQ)
         # Only single tokens were compiled: another count would be another graph.
@@ -242,7 +247,7 @@ class Engine:
             cos_BQD,
             sin_BQD,
         )
-        self._used = used
+        self._used, self._written = used, max(used, self._written)
         return logits[:rows]
 
     def _offsets(self, tokens: int) -> torch.Tensor | int:
@@ -271,8 +276,25 @@ class Engine:
 
     def undo(self, tokens: int) -> None:
         """Takes the last `tokens` of every row back."""
-        self.cache.set_valid_past(self.cache.valid_past_index - tokens)
+        self._set_valid_past(self.cache.valid_past_index - tokens)
         self._used -= tokens
+
+    def place(self, lengths: list[int]) -> None:
+        """Moves the write position of each row of the call to `lengths`: how drafts accepted unevenly are undone.
+
+        What lies beyond is written over. The cache must hold that many tokens of the row.
+        """
+        idle = [0] * (self.cache.shape.batch_size - len(lengths))
+        self.cache.valid_past_index.copy_(torch.tensor(lengths + idle))
+        self._used, self._mask_is_stale = max(lengths), True
+
+    def widest(self) -> int | None:
+        """Tokens of a row that the native step takes at once; None where it does not run."""
+        return None if self._native is None else max(NATIVE_ROWS // self.cache.shape.batch_size, 1)
+
+    def _set_valid_past(self, valid_past_index: torch.Tensor) -> None:
+        self.cache.set_valid_past(valid_past_index)
+        self._mask_is_stale = False
 
     def words(self) -> str:
         """Which path runs, for people."""

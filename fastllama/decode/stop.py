@@ -7,7 +7,7 @@ from transformers.generation import logits_process as processors
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 # Pure functions of (ids, scores): calling one for a step that is undone later leaves nothing behind.
-_STATELESS = tuple(
+STATELESS = tuple(
     getattr(processors, name)
     for name in (
         "MinLengthLogitsProcessor",
@@ -41,7 +41,7 @@ def lag_for(device: torch.device, logits_processor, stopping_criteria, streamer,
         return 0
     if any(type(criterion) not in (MaxLengthCriteria, EosTokenCriteria) for criterion in stopping_criteria):
         return 0
-    if any(type(processor) not in _STATELESS for processor in logits_processor):
+    if any(type(processor) not in STATELESS for processor in logits_processor):
         return 0
     return _LAG_ON_GPU
 

@@ -1,0 +1,51 @@
+"""One assisted generate call: whether it can run here, and running it while both engines are held."""
+
+import contextlib
+
+import torch
+from torch import nn
+
+from fastllama.decode.assisted.companions import Companions
+from fastllama.decode.assisted.loop import assisted_loop
+from fastllama.decode.assisted.report import Assisted
+from fastllama.decode.assisted.support import asked, obstacle
+from fastllama.decode.engine import Engine
+
+
+def assisted_call(
+    model: nn.Module,
+    engine: Engine,
+    companions: Companions,
+    call: dict,
+    draft: nn.Module | None,
+    other_tokenizer: bool,
+    input_ids: torch.Tensor,
+    how: tuple,
+    streamer,
+    inputs: dict,
+) -> tuple[str | None, object, Assisted | None, str]:
+    """(why the parent must run it or None, output, report, words for `path`).
+
+    `draft` None looks in the text. `how`: processors, criteria and generation config; `inputs`: as forward takes them;
+    `call`: what the call itself says of `support.ASKED`. Raises `ValueError` for what is not allowed or does not fit.
+    """
+    reason = obstacle(model, draft, other_tokenizer, input_ids, inputs, *how)
+    if reason is not None:
+        return reason, None, None, ""
+    wanted = asked(call, how[-1], draft)
+    engines = [engine] if draft is None else [engine, companions.engine(draft)]
+    with contextlib.ExitStack() as held:
+        for each in engines:
+            if not each.lock.acquire(blocking=False):
+                return "another call is using the cache", None, None, ""
+            held.callback(each.lock.release)
+            held.callback(each.binding.forget_restored)
+        schedule = companions.schedule(wanted, model, draft, len(input_ids), engines)
+        pair = None if draft is None else (draft, engines[1])
+        mask = inputs.get("attention_mask")
+        with torch.inference_mode(False), torch.no_grad():
+            output, report = assisted_loop(
+                model, engine, pair, wanted, schedule, input_ids, *how, streamer=streamer, attention_mask=mask
+            )
+        wanted.give_back(draft, schedule)
+        return None, output, report, f"{engine.words()}, {wanted.words(draft)}"

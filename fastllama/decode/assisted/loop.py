@@ -1,0 +1,207 @@
+"""The loop behind assisted generation: propose, verify, accept, roll back.
+
+Legend: B rows, T padded prompt length, K proposed tokens, V vocabulary.
+"""
+
+import torch
+from torch import nn
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from fastllama.decode.assisted.clock import Clock
+from fastllama.decode.assisted.processing import Processing
+from fastllama.decode.assisted.proposer import DraftProposer, LookupProposer, Proposal
+from fastllama.decode.assisted.report import Assisted, Tally
+from fastllama.decode.assisted.rows import Rows
+from fastllama.decode.assisted.support import Asked, one_by_one
+from fastllama.decode.assisted.verify import GreedyVerifier, ProcessedVerifier, SequentialVerifier
+from fastllama.decode.choice import Choice, GreedyChoice
+from fastllama.decode.engine import Engine
+from fastllama.decode.loop import copied_out
+from fastllama.decode.prompt import unpad
+from fastllama.decode.stop import StopCheck
+
+
+def assisted_loop(
+    model: nn.Module,
+    engine: Engine,
+    draft: tuple[nn.Module, Engine] | None,
+    asked: Asked,
+    schedule,
+    input_ids: torch.Tensor,
+    logits_processor,
+    stopping_criteria,
+    generation_config,
+    streamer=None,
+    attention_mask: torch.Tensor | None = None,
+) -> tuple[object, Assisted]:
+    """What transformers' `_assisted_decoding` returns, and what happened, for `input_ids` [B, T].
+
+    `draft`: the model that proposes and its engine; None looks in the text. Raises `ValueError` when an explicit cache
+    is too small.
+    """
+    prompt, limit = unpad(input_ids, attention_mask), stopping_criteria.max_length
+    most_new = None if limit is None else max(limit - input_ids.shape[1], 1)
+    batch, positions = input_ids.shape[0], prompt.longest + (most_new or 1) - 1
+    engine.refresh(model)
+    # An implicit cache has room for proposals beyond the last token; in an explicit one they become fewer there.
+    engine.fit(model, batch, prompt.longest, positions + (0 if engine.explicit else asked.tokens))
+    if engine.explicit and asked.tokens >= engine.cache.shape.cache_length:
+        raise ValueError(
+            f"{asked.tokens} proposed tokens do not fit the target's cache of {engine.cache.shape.cache_length} "
+            "positions: propose fewer, or preallocate more"
+        )
+    how = (logits_processor, stopping_criteria, generation_config)
+    verifier, processing = _verifier(input_ids, most_new, draft is not None, how)
+    watching = not isinstance(verifier, SequentialVerifier)
+    rows = Rows(input_ids, prompt, stopping_criteria, generation_config._pad_token_tensor, watching)
+    if draft is None:
+        proposer = LookupProposer(prompt, asked.ngram)
+    else:
+        proposer = DraftProposer(*draft, prompt, most_new, processing, asked.threshold)
+    call = Call(model, engine, proposer, verifier, schedule, rows, streamer)
+    as_dict = generation_config.return_dict_in_generate
+    report = call.run(prompt, generation_config.prefill_chunk_size, as_dict)
+    ids = rows.ids[:, : max(rows.lengths)].to(input_ids.device, copy=True)
+    if not as_dict:
+        return ids, report
+    output = GenerateDecoderOnlyOutput(
+        sequences=ids,
+        scores=None if verifier.scores is None else tuple(verifier.scores),
+        logits=None if verifier.raw_logits is None else tuple(verifier.raw_logits),
+        past_key_values=copied_out(model, engine, prompt, batch),
+    )
+    return output, report
+
+
+def _verifier(input_ids, most_new, drafted: bool, how):
+    """How a round is judged, and how a draft is to sample (None: it is greedy)."""
+    logits_processor, _, generation_config = how
+    stop = StopCheck(0, input_ids.device)
+    if one_by_one(*how) is not None:
+        return SequentialVerifier(Choice(input_ids, *how, stop)), None
+    plain = GreedyChoice.when_possible(input_ids, most_new, *how, stop)
+    if plain is not None:
+        return GreedyVerifier(plain.first), None
+    processing = Processing(logits_processor, input_ids.device)
+    do_sample = bool(generation_config.do_sample)
+    return ProcessedVerifier(processing, do_sample), processing if do_sample and drafted else None
+
+
+class Call:
+    """One generate call: its rounds, its counts, and what it streams."""
+
+    def __init__(self, model, engine: Engine, proposer, verifier, schedule, rows: Rows, streamer):
+        self.model, self.engine, self.proposer, self.verifier = model, engine, proposer, verifier
+        self.schedule, self.rows, self.streamer = schedule, rows, streamer
+        self.device = engine.cache.shape.device
+        self.clock, self.tally = Clock(self.device), Tally()
+        self.draft_clock = Clock(torch.device("cpu")) if proposer.mode == "lookup" else Clock(proposer.model.device)
+        self.started, self.streamed = False, rows.width
+
+    def run(self, prompt, chunk: int | None, keep: bool) -> Assisted:
+        """Writes the rows. `keep`: the cache is asked for, and holds all rows to the same column at the end."""
+        switched_off = self.schedule.switched_off
+        begin = self.clock.mark()
+        self.engine.begin(self.rows.batch)
+        logits_BV = self.engine.prefill(prompt, chunk)
+        self.tally.target_forwards += 1
+        self._take(None, logits_BV[:, None])
+        self.tally.prefill_s += self.clock.seconds(begin, self.clock.mark())
+        while self.rows.going:
+            self._round(keep)
+        report = self.tally.report(self.proposer.mode, self.rows.new_tokens, self.schedule.switched_off - switched_off)
+        if keep:
+            self._level()
+        if self.streamer is not None:
+            self.streamer.end()
+        return report
+
+    def _round(self, keep: bool) -> None:
+        rows, engine, tally = self.rows, self.engine, self.tally
+        start = self.draft_clock.mark()
+        proposal = self._proposal(self._most())
+        proposed = self.draft_clock.mark()
+        begin = self.clock.mark()
+        width = 1 if proposal is None else 1 + proposal.ids.shape[1]
+        while engine.room() < width and not engine.explicit:
+            engine.grow(self.model)
+        ids, draft_BK = rows.newest(1).to(self.device), None
+        if proposal is not None:
+            draft_BK = proposal.ids.to(self.device)
+            ids = torch.cat((ids, draft_BK), 1)
+        logits_BQV = engine.step(ids)
+        going = list(rows.unfinished)
+        added = self._take(proposal, logits_BQV, draft_BK)
+        # Every row that goes on has its cache filled up to its last token but one.
+        if not all(rows.unfinished) or any(count != width for count in added):
+            places = zip(rows.real(), rows.unfinished, strict=True)
+            # A finished row is idle, and must not take the others' room, but for one whose cache is asked for.
+            engine.place([length - 1 if keep or unfinished else 0 for length, unfinished in places])
+        end = self.clock.mark()
+        target_s = self.clock.seconds(begin, end)
+        draft_s = 0.0 if proposal is None else self.draft_clock.seconds(start, proposed)
+        forwards, judged = 0, []
+        if proposal is not None:
+            self.proposer.settle(added)
+            forwards = proposal.forwards
+            rounds = zip(added, proposal.meant, self.stood, going, strict=True)
+            judged = [(min(stood, meant, count), meant) for count, meant, stood, on in rounds if on]
+        tally.target_forwards += 1
+        tally.draft_forwards += forwards
+        tally.draft_tokens += sum(meant for _, meant in judged)
+        tally.accepted_tokens += sum(stood for stood, _ in judged)
+        tally.draft_s, tally.target_s = tally.draft_s + draft_s, tally.target_s + target_s
+        self.schedule.record(width, target_s, forwards, draft_s, judged)
+
+    def _most(self) -> int:
+        """Tokens to propose in this round: as scheduled, as far as they may be written and there is room for them."""
+        most = self.schedule.next(self.engine.widest())
+        left = self.rows.left()
+        if left is not None:
+            most = min(most, left - 1)
+        if self.engine.explicit:
+            most = min(most, self.engine.room() - 1)
+        return most
+
+    def _proposal(self, most: int) -> Proposal | None:
+        if most < 1:
+            return None
+        if not self.started:  # a draft that is never asked never reads the prompt
+            begin = self.draft_clock.mark()
+            self.proposer.start()
+            self.tally.prefill_s += self.draft_clock.seconds(begin, self.draft_clock.mark())
+            self.started = True
+        room = self.proposer.most(self.rows)
+        most = most if room is None else min(most, room)
+        return self.proposer.propose(self.rows, most) if most > 0 else None
+
+    def _take(self, proposal: Proposal | None, logits_BQV: torch.Tensor, draft_BK=None) -> list[int]:
+        """Verifies, appends and streams; returns by how many tokens each row grew."""
+        probabilities = None if proposal is None else proposal.probabilities
+        kept = self.verifier(self.rows, draft_BK, probabilities, logits_BQV)
+        self.stood = [len(tokens) - 1 for tokens in kept]
+        added = self.rows.add(kept)
+        if self.verifier.finished:
+            self.rows.unfinished = [False]
+        if self.streamer is not None:
+            self._stream()
+        return added
+
+    def _stream(self) -> None:
+        """Hands on every column that is certain in all rows, one at a time, as without assistance."""
+        rows = self.rows
+        growing = [length for length, going in zip(rows.lengths, rows.unfinished, strict=True) if going]
+        certain = min(growing) if growing else max(rows.lengths)
+        for column in range(self.streamed, certain):
+            self.streamer.put(rows.ids[:, column].clone())
+        self.streamed = certain
+
+    def _level(self) -> None:
+        """Feeds rows that finished early their padding, so that the cache is what it is without assistance."""
+        rows, engine = self.rows, self.engine
+        target = max(rows.lengths)
+        while min(rows.lengths) < target:
+            behind = [length < target for length in rows.lengths]
+            engine.step(rows.newest(1).to(self.device))
+            rows.lengths = [length + more for length, more in zip(rows.lengths, behind, strict=True)]
+            engine.place([length - 1 for length in rows.real()])

@@ -1,0 +1,167 @@
+"""Who proposes tokens: a draft model, or the text itself.
+
+Legend: B rows, K proposed tokens, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from fastllama.decode.assisted.accept import draw
+from fastllama.decode.assisted.lookup import NGrams
+from fastllama.decode.assisted.processing import Processing
+from fastllama.decode.assisted.rows import Rows
+from fastllama.decode.engine import Engine
+from fastllama.decode.prompt import Prompt
+from fastllama.decode.stop import StopCheck
+
+_LAG_ON_GPU = 2  # draft steps in flight behind the question whether drafting still makes sense
+_CATCH_UP = 256  # tokens that a draft which was paused takes in at a time
+
+
+class Proposal(NamedTuple):
+    """`ids` [B, K]; `probabilities` [B, K, V] that they were drawn from, None where they were not drawn; how many of
+    each row's are meant; forward passes that they took."""
+
+    ids: torch.Tensor
+    probabilities: torch.Tensor | None
+    meant: list[int]
+    forwards: int
+
+
+class LookupProposer:
+    """What followed the newest n-gram of up to `longest` tokens where it stood before."""
+
+    mode = "lookup"
+
+    def __init__(self, prompt: Prompt, longest: int):
+        rows = zip(prompt.tokens.tolist(), prompt.lengths.tolist(), strict=True)
+        self.texts = [NGrams(tokens[:length], longest) for tokens, length in rows]
+
+    def start(self) -> None:
+        """Nothing to prepare."""
+
+    def most(self, rows: Rows) -> int | None:
+        """How many tokens it has room for; None for any number."""
+
+    def settle(self, added: list[int]) -> None:
+        """The text says all."""
+
+    def propose(self, rows: Rows, most: int) -> Proposal | None:
+        """Up to `most` tokens a row, on the CPU; None where no row finds any."""
+        found = []
+        for row, text in enumerate(self.texts):
+            new = rows.lengths[row] - rows.padding[row] - len(text.tokens)
+            text.extend(rows.ids[row, rows.lengths[row] - new : rows.lengths[row]].tolist())
+            found.append(text.propose(most) if rows.unfinished[row] else [])
+        longest = max(map(len, found))
+        if longest == 0:
+            return None
+        ids = torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens in found])
+        return Proposal(ids, None, [len(tokens) for tokens in found], 0)
+
+
+class DraftProposer:
+    """A smaller Llama with an engine of its own.
+
+    `processing` where it samples, None where it is greedy. Drafting ends early where every row has proposed an end of
+    text or a token of probability below `threshold` (0: never).
+    """
+
+    mode = "draft"
+
+    def __init__(
+        self, model: nn.Module, engine: Engine, prompt: Prompt, new_tokens: int | None, processing: Processing | None,
+        threshold: float,
+    ):  # fmt: skip
+        self.model, self.engine, self.prompt, self.new_tokens = model, engine, prompt, new_tokens
+        self.processing, self.threshold = processing, threshold
+        self.held: list[int] | None = None  # tokens of each row in the draft's cache that stand
+        self._fed = 0  # proposals of the last round that are in the cache too
+        self.ends: torch.Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.engine.cache.shape.device
+
+    def start(self) -> None:
+        """Takes the prompts in. Raises `ValueError` when an explicit cache of the draft is too small."""
+        batch, longest = len(self.prompt.lengths), self.prompt.longest
+        self.engine.refresh(self.model)
+        try:
+            self.engine.fit(self.model, batch, longest, longest + (self.new_tokens or 1) - 1)
+        except ValueError as error:
+            raise ValueError(f"the draft: {error}") from error
+        self.engine.begin(batch)
+        self.engine.prefill(self.prompt)
+        self.held = self.prompt.lengths.tolist()
+
+    def most(self, rows: Rows) -> int | None:
+        """How many tokens its cache has room for; None where the cache can grow."""
+        return self.engine.cache.shape.cache_length - max(rows.real()) + 1 if self.engine.explicit else None
+
+    def propose(self, rows: Rows, most: int) -> Proposal:
+        """Up to `most` tokens a row, on the draft's device."""
+        logits_BV, forwards = self._caught_up(rows, most)
+        tokens, probabilities = [], []
+        live_B = torch.tensor(rows.unfinished, device=self.device)
+        if rows.eos and self.ends is None:
+            self.ends = torch.tensor(sorted(rows.eos), device=self.device)
+        check = StopCheck(_LAG_ON_GPU if self.device.type == "cuda" else 0, self.device)
+        while True:
+            token_B, sure_B, q_BV = self._chosen(rows, tokens, logits_BV)
+            tokens.append(token_B)
+            if q_BV is not None:
+                probabilities.append(q_BV)
+            if len(tokens) == most:
+                break
+            if sure_B is not None:
+                live_B = live_B & sure_B
+            if self.ends is not None:
+                live_B = live_B & ~torch.isin(token_B, self.ends)
+            if (sure_B is not None or self.ends is not None) and check.finished(live_B):
+                break
+            logits_BV = self.engine.step(token_B[:, None])[:, -1]
+            forwards += 1
+        self.held, self._fed = rows.real(), len(tokens) - 1
+        ids = torch.stack(tokens, 1)
+        meant = [len(tokens) if going else 0 for going in rows.unfinished]
+        return Proposal(ids, torch.stack(probabilities, 1) if probabilities else None, meant, forwards)
+
+    def settle(self, added: list[int]) -> None:
+        """After the target has spoken and each row has grown by `added`: what was fed and stands is held."""
+        self.held = [held + min(max(count - 1, 0), self._fed) for held, count in zip(self.held, added, strict=True)]
+
+    def _caught_up(self, rows: Rows, most: int) -> tuple[torch.Tensor, int]:
+        """Logits [B, V] after the newest token, and the forward passes that it took to get there."""
+        real = rows.real()
+        # The same number of tokens for each row: some rows take one in again that they have.
+        behind = max(
+            (length - held for length, held, going in zip(real, self.held, rows.unfinished, strict=True) if going)
+        )
+        while not self.engine.explicit and self.engine.cache.shape.cache_length < max(real) + most:
+            self.engine.grow(self.model)
+        self.engine.place([max(length - behind, 0) for length in real])
+        ids, forwards = rows.newest(behind).to(self.device), 0
+        for part in ids.split(_CATCH_UP, dim=1):
+            logits_BV = self.engine.step(part)[:, -1]
+            forwards += 1
+        return logits_BV, forwards
+
+    def _chosen(self, rows: Rows, before: list[torch.Tensor], logits_BV: torch.Tensor):
+        """The next token [B], whether its probability reaches the threshold [B] or None, and what it was drawn from."""
+        if self.processing is not None:
+            q_BV = self.processing.drafted(rows, before, logits_BV).softmax(-1)
+            token_B = draw(q_BV)
+            sure_B = q_BV.gather(1, token_B[:, None])[:, 0] >= self.threshold if self.threshold else None
+            return token_B, sure_B, q_BV
+        if logits_BV.device.type == "cpu":
+            token_B = torch.from_numpy(logits_BV.float().numpy().argmax(-1))
+        else:
+            token_B = logits_BV.argmax(-1)
+        if not self.threshold:
+            return token_B, None, None
+        largest_B1 = logits_BV.gather(1, token_B[:, None]).float()
+        sure_B = (logits_BV.float() - largest_B1).exp().sum(-1) <= 1 / self.threshold
+        return token_B, sure_B, None

@@ -1,0 +1,139 @@
+"""Which assisted calls the fast path takes, the reason when it does not, and what it was asked for."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StopStringCriteria,
+)
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
+
+from fastllama.decode.assisted.processing import are_pure
+from fastllama.decode.assisted.schedule import SCHEDULES
+from fastllama.decode.support import model_obstacle
+from fastllama.model.rotary import is_stateful
+
+ASKED = ("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold")
+_KNOWN_CRITERIA = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria)
+_OTHER_WAYS = ("assistant_early_exit", "use_mtp", "speculation_type", "assistant_ensemble_weight")
+_DEFAULT_TOKENS = 20
+_DEFAULT_NGRAM = 2
+
+
+class Asked(NamedTuple):
+    """What to propose: `tokens` a round by `schedule`, drafting on above `threshold`, n-grams up to `ngram`.
+
+    `kept_by_draft`: the number came from the draft's generation config, to which the heuristic schedule gives it back.
+    """
+
+    tokens: int
+    schedule: str
+    threshold: float
+    ngram: int
+    kept_by_draft: bool
+
+    def give_back(self, draft: nn.Module | None, schedule) -> None:
+        """After a call: the heuristic schedule goes on in the next one, as in transformers."""
+        if draft is not None and self.schedule == "heuristic" and self.kept_by_draft:
+            draft.generation_config.num_assistant_tokens = schedule.tokens
+
+    def words(self, draft: nn.Module | None) -> str:
+        """For people."""
+        who = "prompt lookup" if draft is None else "a draft"
+        return f"assisted by {who}, {self.schedule} K of {'at most ' * (self.schedule == 'adaptive')}{self.tokens}"
+
+
+def asked(call: dict, generation_config, draft: nn.Module | None) -> Asked:
+    """What a call asks for: its own arguments, then the draft's generation config, then transformers' defaults.
+
+    For prompt lookup, `generation_config` stands for the draft's. Raises `ValueError` for what is not allowed.
+    """
+    config = generation_config if draft is None else draft.generation_config
+
+    def value(name: str, default):
+        if call.get(name) is not None:
+            return call[name]
+        found = getattr(config, name, None)
+        return default if found is None else found
+
+    name = "num_assistant_tokens" if draft is not None else "prompt_lookup_num_tokens"
+    tokens = value(name, _DEFAULT_TOKENS)
+    if isinstance(tokens, bool) or not isinstance(tokens, int | float) or tokens < 1 or tokens != int(tokens):
+        raise ValueError(f"{name}={tokens!r} is not allowed; allowed: an integer >= 1")
+    schedule = value("num_assistant_tokens_schedule", "constant")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"num_assistant_tokens_schedule={schedule!r} is not allowed; allowed: {', '.join(SCHEDULES)}")
+    defaults = config._get_default_generation_params() if hasattr(config, "_get_default_generation_params") else {}
+    threshold = value("assistant_confidence_threshold", defaults.get("assistant_confidence_threshold") or 0.0)
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"assistant_confidence_threshold={threshold!r} is not allowed; allowed: 0 to 1")
+    ngram = generation_config.max_matching_ngram_size or _DEFAULT_NGRAM
+    if not isinstance(ngram, int) or ngram < 1:
+        raise ValueError(f"max_matching_ngram_size={ngram!r} is not allowed; allowed: an integer >= 1")
+    return Asked(int(tokens), schedule, float(threshold), ngram, call.get("num_assistant_tokens") is None)
+
+
+def obstacle(
+    model: nn.Module,
+    draft: nn.Module | None,
+    other_tokenizer: bool,
+    input_ids: torch.Tensor,
+    inputs: dict,
+    logits_processor,
+    stopping_criteria,
+    generation_config,
+) -> str | None:
+    """Why this call must run the parent's assisted decoding; None when it need not."""
+    for name in _OTHER_WAYS:
+        if getattr(generation_config, name, None):
+            return name
+    if inputs.get("inputs_embeds") is not None:
+        return "inputs_embeds"
+    if is_stateful(model.model.rotary_emb):
+        return f"rope_type {model.model.rotary_emb.rope_type!r} depends on the longest position"
+    if len(input_ids) > 1:
+        reason = one_by_one(logits_processor, stopping_criteria, generation_config)
+        reason = reason or _unending(stopping_criteria)
+        if reason is not None:
+            return f"several rows with {reason}"
+    return (
+        None
+        if generation_config.prompt_lookup_num_tokens is not None
+        else _draft_obstacle(model, draft, other_tokenizer)
+    )
+
+
+def _draft_obstacle(model: nn.Module, draft: nn.Module, other_tokenizer: bool) -> str | None:
+    if other_tokenizer:
+        return "the draft has another tokenizer"
+    if draft is model:
+        return "the draft is the model itself"
+    if not isinstance(draft, LlamaForCausalLM):
+        return f"the draft is a {type(draft).__name__}"
+    reason = model_obstacle(draft)
+    return None if reason is None else f"the draft: {reason}"
+
+
+def one_by_one(logits_processor, stopping_criteria, generation_config) -> str | None:
+    """What must be shown each position in turn, once it is certain; None where nothing must."""
+    if not are_pure(logits_processor):
+        return "a logits processor that may remember what it was shown"
+    if any(type(criterion) not in _KNOWN_CRITERIA for criterion in stopping_criteria):
+        return "a stopping criterion of the caller's"
+    if generation_config.return_dict_in_generate and (
+        generation_config.output_scores or generation_config.output_logits
+    ):
+        return "scores or logits asked for"
+    return None
+
+
+def _unending(stopping_criteria) -> str | None:
+    # Without an end of text transformers goes on writing to rows that are finished.
+    kinds = [type(criterion) for criterion in stopping_criteria]
+    if EosTokenCriteria not in kinds and any(kind is not MaxLengthCriteria for kind in kinds):
+        return "a stopping criterion and no end of text"
+    return None
