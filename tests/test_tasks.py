@@ -20,7 +20,7 @@ from fastllama.lab import (
 )
 from fastllama.lab.line import judge
 from fastllama.lab.tasks import cost, file, prompts, run, table
-from tests import command, fake_assistance
+from tests import command
 
 FAST = ("--preallocate", "--runs", "2", "--warmup", "0", "--dtype", "fp32")
 
@@ -35,9 +35,8 @@ def shown(group) -> str:
 def lines(tmp_path_factory):
     """The decode task of the demo with a draft, from its file."""
     path = tmp_path_factory.mktemp("task") / "decode.jsonl"
-    with pytest.MonkeyPatch.context() as patch:
-        fake_assistance.pretend(patch, off=1)
-        assert command.run("--task", "decode", "--draft", "demo-draft", *FAST, "--json", path) == 0
+    draft = ("--draft", "demo-draft", "--draft-tokens", "3", "--draft-schedule", "constant")
+    assert command.run("--task", "decode", *draft, *FAST, "--json", path) == 0
     return file.read(path)
 
 
@@ -86,7 +85,8 @@ def test_a_line_for_each_example(lines):
         found = line["assisted"]
         assert line["parity"] == found["parity"] == "exact" and line["hash"] == found["unassisted"]["hash"]
         assert line["cache_length"] == 40 and len(line["runs"]) == 2 == len(found["reports"])
-        assert found["draft"] == "demo-draft" and found["acceptance"] == 0.5 and found["switched_off"] == 2
+        assert found["draft"] == "demo-draft" and found["draft_tokens"] == 3 and found["switched_off"] == 0
+        assert found["mode"] == "draft" and found["tokens_per_target_forward"] >= 1
         assert line["costs"]["draft_step_s"] > 0 and {"1", "2", "5"} <= line["costs"]["verify_s"].keys()
         assert line["predicted_speedup"] == pytest.approx(cost.predicted(line))
     words = lines[0]["command"].split()
@@ -102,17 +102,20 @@ def test_the_command_of_a_line_is_one_that_runs(lines):
 
 def test_the_table_has_a_row_per_example_and_totals_of_sums(lines):
     text = shown(table.of(lines))
-    assert "task decode: demo fp32, draft demo-draft K 6 adaptive" in text and text.count("exact") == 10
+    assert "task decode: demo fp32, draft demo-draft K 3 constant" in text and text.count("exact") == 10
     totals = table.totals(lines)
     assert totals["new_tokens"] == 300 and totals["prompt_length"] == sum(line["prompt_length"] for line in lines)
     seconds = sum(table.seconds(line["runs"]) for line in lines)
     assert totals["tok_per_s"] == pytest.approx(300 / seconds)
     plain = sum(table.seconds(line["assisted"]["unassisted"]["runs"]) for line in lines)
     assert totals["speedup_end_to_end"] == pytest.approx(plain / seconds)
-    assert totals["draft_s"] == pytest.approx(0.02) and totals["acceptance"] == 0.5
-    assert totals["tokens_per_target_forward"] == pytest.approx(30 / 16)
+    reports = [report for line in lines for report in line["assisted"]["reports"]]
+    count = {name: sum(report[name] for report in reports) for name in reports[0] if name != "mode"}
+    assert totals["acceptance"] == pytest.approx(count["accepted_tokens"] / count["draft_tokens"])
+    assert totals["tokens_per_target_forward"] == pytest.approx(2 * 300 / count["target_forwards"])
+    assert totals["draft_s"] == pytest.approx(sum(line["assisted"]["draft_s"] for line in lines))
     last = [row for row in text.splitlines() if row.strip().startswith("total")]
-    assert len(last) == 1 and " 300 " in last[0] and "switched itself off 20 times" in text
+    assert len(last) == 1 and " 300 " in last[0] and "switched itself off 0 times" in text
 
 
 def test_without_assistance_its_columns_are_dashes(capsys, tmp_path):
@@ -223,8 +226,7 @@ def test_the_lines_are_in_the_suite():
     assert set(assisted_lines.CPU) <= set(suite_lines.CPU) and len(assisted_lines.CPU) == 8
 
 
-def test_a_pair_is_measured_and_judged(monkeypatch):
-    fake_assistance.pretend(monkeypatch)
+def test_a_pair_is_measured_and_judged():
     line, case = quick("draft-demo")
     measured = line.measure(case, "cpu")
     assert judge(line.asked, measured)[1].keys() == {"of_predicted"} and measured.parity == "exact"
@@ -234,15 +236,13 @@ def test_a_pair_is_measured_and_judged(monkeypatch):
     json.dumps(measured.samples, allow_nan=False)
 
 
-def test_the_worst_is_the_smallest_of_its_tasks(monkeypatch):
-    fake_assistance.pretend(monkeypatch)
+def test_the_worst_is_the_smallest_of_its_tasks():
     line, case = quick("assisted-worst", tasks=("decode",), runs=1)
     figures = line.measure(case, "cpu").figures
     assert figures["worst_speedup"] == min(figures["draft_decode"], figures["lookup_decode"])
 
 
 def test_beside_transformers_own_assisted_generation(monkeypatch):
-    fake_assistance.pretend(monkeypatch)
     monkeypatch.setattr(prompts, "DECODE", prompts.DECODE[:2])
     line, case = quick("assisted-transformers", runs=1)
     measured = line.measure(case, "cpu")
@@ -261,8 +261,7 @@ def test_transformers_takes_a_draft_that_was_widened(demo_tokenizer):
     assert int(wide.generate(ids, max_new_tokens=20, do_sample=False).max()) < 4096
 
 
-def test_contestants_of_a_task_share_one_model(monkeypatch):
-    fake_assistance.pretend(monkeypatch)
+def test_contestants_of_a_task_share_one_model():
     task = run.plan("decode", {"preallocate": True, "prompt_lookup": 4, "dtype": "fp32"}, 1, 0)
     found = run.load(task)
     assert [each.name for each in found] == ["ours", "vanilla", "unassisted"] and found[0].model is found[2].model

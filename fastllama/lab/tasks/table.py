@@ -18,9 +18,9 @@ HEADS = (
     "prefill\nms",
     "draft\ns",
     "target\ns",
-    "tokens/\ntarget\nforward",
+    "tokens\na for-\nward",
     "accep-\ntance",
-    "x un-\nassisted",
+    "speed-\nup",
     "ids",
 )
 
@@ -102,7 +102,9 @@ def of(lines: list[dict]) -> Group:
         shown.add_row(*map(Text, cells(line)), Text(_verdict(line), PARITY_STYLES[line["parity"]]))
     shown.add_section()
     shown.add_row(*map(Text, total_cells(lines)), "")
-    notes = [f"path: {first['path']}", f"medians of {len(first['runs'])}; the last row: sums, and averages over them"]
+    notes = [f"path: {first['path']}"]
+    notes += ["forward: of the target; speed-up: over the unassisted run"] if first["assisted"] is not None else []
+    notes.append(f"medians of {len(first['runs'])} runs; the last row has sums, and averages over them")
     found = totals(lines)
     if "switched_off" in found:
         notes.append(f"assistance switched itself off {found['switched_off']} times in all timed runs")
