@@ -4,6 +4,7 @@ import copy
 from dataclasses import asdict
 
 import pytest
+import torch
 
 import fastllama
 import run_llama
@@ -250,6 +251,28 @@ def test_the_draft_is_reserved_like_the_target():
     assert draft.generation_config.num_assistant_tokens_schedule == "constant"
     draft.free()
     assert drafting.load(a_point(assistance=Assistance(prompt_lookup=2)), pad=2) is None
+
+
+def test_a_draft_with_fewer_vocabulary_rows_is_given_more():
+    ids = torch.tensor([[0, 319, 290, 11]])
+    plain = drafting.load(a_point(), pad=2)
+    wide = drafting.load(a_point(), pad=2)
+    drafting.widen(wide, 5000)
+    assert wide.config.vocab_size == 5000 == wide.lm_head.weight.shape[0]
+    one, other = (model.generate(ids, max_new_tokens=8, eos_token_id=None) for model in (plain, wide))
+    assert one.equal(other) and int(other.max()) < 4096
+    for model in (plain, wide):
+        model.free()
+
+
+def test_rows_that_cannot_be_added_are_one_sentence(monkeypatch, demo_tokenizer):
+    monkeypatch.setattr(drafting, "_rows", lambda point: 5000)
+    drafting.require_match(a_point(), demo_tokenizer)
+    with pytest.raises(ValueError, match="the draft has 4096 rows and the target 5000"):
+        drafting.require_match(a_point(assistance=Assistance(draft="demo-draft", draft_weights="int8")), demo_tokenizer)
+    monkeypatch.setattr(drafting, "_rows", lambda point: 4000)
+    with pytest.raises(ValueError, match="the draft has 4096 rows and the target 4000"):
+        drafting.require_match(a_point(), demo_tokenizer)
 
 
 def test_words_of_a_sentence():

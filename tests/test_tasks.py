@@ -249,18 +249,6 @@ def test_beside_transformers_own_assisted_generation(monkeypatch):
     assert measured.figures["times_transformers"] > 0 and measured.checks == [("fp32", "exact")] * 2
 
 
-def test_transformers_takes_a_draft_that_was_widened(demo_tokenizer):
-    from fastllama import demo
-    from fastllama.lab import vanilla
-
-    draft = vanilla.LlamaForCausalLM.from_pretrained(demo.resolve("demo-draft", None)).eval()
-    wide = assisted_lines.widened(draft, 5000)
-    assert wide.config.vocab_size == 5000 and wide.get_input_embeddings().weight.shape[0] == 5000
-    ids = prompts.examples("decode", demo_tokenizer)[0].prompt.input_ids
-    wide.generation_config.eos_token_id = None
-    assert int(wide.generate(ids, max_new_tokens=20, do_sample=False).max()) < 4096
-
-
 def test_contestants_of_a_task_share_one_model():
     task = run.plan("decode", {"preallocate": True, "prompt_lookup": 4, "dtype": "fp32"}, 1, 0)
     found = run.load(task)

@@ -8,7 +8,6 @@ from statistics import median
 
 import torch
 
-from fastllama.demo.tokenizer import RESERVED_ID
 from fastllama.lab import assisted, checkpoint, drafting, measure, vanilla, workload
 from fastllama.lab.assistance import Assistance
 from fastllama.lab.contestant import Contestant
@@ -96,23 +95,12 @@ def worst(case: AssistedCase, device: str) -> Measured:
     return Measured(figures, samples=_samples(kept), checks=_checks(kept))
 
 
-def widened(draft, size: int):
-    """The draft with as many vocabulary rows as the target, which transformers asks for: the surplus is never drawn."""
-    known = draft.config.vocab_size
-    if known < size:
-        draft.resize_token_embeddings(size, mean_resizing=False)
-        with torch.no_grad():
-            for table in {id(part): part for part in (draft.get_input_embeddings(), draft.lm_head)}.values():
-                table.weight[known:] = table.weight[RESERVED_ID]
-    return draft
-
-
 def _theirs(task: Task, reference: Contestant) -> Contestant:
     """transformers' own assisted generation on the same target and draft, as its defaults have it."""
     found, point = drafting.find(task.point), task.point
     draft, _ = checkpoint.load(found, vanilla.LlamaForCausalLM, point.torch_dtype, torch.device(point.device))
     vanilla.plain_greedy(draft, workload.pad_id(task.tokenizer))
-    draft = widened(draft, task.found.config.vocab_size)
+    drafting.widen(draft, task.found.config.vocab_size)
     return Contestant("vanilla", reference.model, assistance={"assistant_model": draft})
 
 

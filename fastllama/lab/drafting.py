@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 
 import fastllama
+from fastllama.demo.tokenizer import RESERVED_ID
 from fastllama.lab import checkpoint, vanilla
 from fastllama.lab.checkpoint import Checkpoint
 from fastllama.lab.fault import explained
@@ -25,6 +26,7 @@ def require_match(point: Point, tokenizer) -> None:
         return
     ours, theirs = tokenizer.get_vocab(), checkpoint.tokenizer(found).get_vocab()
     if ours == theirs:
+        _require_rows(point, found)
         return
     apart = sum(theirs.get(token) != place for token, place in ours.items())
     raise ValueError(
@@ -32,6 +34,34 @@ def require_match(point: Point, tokenizer) -> None:
         f"({len(ours)} and {len(theirs)} tokens, {apart} of the first are others in the second): the draft needs the "
         f"target's tokenizer"
     )
+
+
+def _require_rows(point: Point, found: Checkpoint) -> None:
+    """Rows that stand for no token may differ, if those of the draft are floats, to which more can be added."""
+    rows, wanted = found.config.vocab_size, _rows(point)
+    if rows > wanted or (rows < wanted and point.assistance.draft_weights is not None):
+        raise ValueError(
+            f"the vocabularies do not match: the draft has {rows} rows and the target {wanted}, and only a draft with "
+            f"fewer rows and without --draft-weights can be given more"
+        )
+
+
+def _rows(point: Point) -> int:
+    return checkpoint.outline(point.model, point.torch_dtype).config.vocab_size
+
+
+def widen(draft, rows: int) -> None:
+    """Give the draft as many vocabulary rows as the target has, which transformers asks of a pair.
+
+    A new row is that of a token which is not predicted: the demo's reserved one, which pads nothing and ends nothing.
+    """
+    known = draft.config.vocab_size
+    if known >= rows:
+        return
+    draft.resize_token_embeddings(rows, mean_resizing=False)
+    with torch.no_grad():
+        for module in (draft.get_input_embeddings(), draft.get_output_embeddings()):
+            module.weight[known:] = module.weight[RESERVED_ID]
 
 
 def config(point: Point) -> FastConfig:
@@ -50,6 +80,7 @@ def load(point: Point, pad: int) -> fastllama.LlamaForCausalLM | None:
     fast = {} if how.weights is None else {"fast": how}
     device = torch.device(point.device)
     draft, _ = checkpoint.load(found, fastllama.LlamaForCausalLM, point.torch_dtype, device, **fast)
+    widen(draft, _rows(point))
     vanilla.plain_greedy(draft, pad)
     draft.generation_config.num_assistant_tokens = point.assistance.tokens
     draft.generation_config.num_assistant_tokens_schedule = point.assistance.draft_schedule

@@ -92,7 +92,7 @@ def total_cells(lines: list[dict]) -> list[str]:
 
 def of(lines: list[dict]) -> Group:
     """The lines of one run of a task, for a terminal."""
-    first, shown = lines[0], Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
+    first, shown = lines[0], Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, title_justify="left")
     how = figures.assistance(first) if first["assisted"] is not None else "unassisted"
     shown.title = f"task {first['task']}: {first['model']} {first['dtype']}, {how}, on {first['device']}"
     for place, head in enumerate(HEADS):
