@@ -176,6 +176,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if profiled and (options.json or options.record or options.format):
         left = "a trace" if options.profile else "a timeline"
         parser.error(f"{profiled} leaves {left} and no record: leave out --json, --record and --format")
+    assisted = next((name for name in ("draft", "draft_weights", "prompt_lookup") if getattr(options, name)), None)
+    if profiled and assisted:
+        parser.error(f"{profiled} shows plain steps: leave out --{assisted.replace('_', '-')}")
     if options.profile_point is not None and profiled is None:
         parser.error("--profile-point belongs to --profile and --memory-profile")
     if options.memory_only and (profiled or options.record):

@@ -119,6 +119,7 @@ def test_a_sweep_over_drafted_tokens_has_points_of_their_own():
         ),
         (["--preallocate", "--draft", "no/such", "--draft-schedule", "fast"], "draft_schedule='fast' is not allowed"),
         (["--preallocate", "--draft", "/no/folder"], "there is no model folder /no/folder"),
+        (["--preallocate", "--profile", "--draft", "demo-draft"], "--profile shows plain steps: leave out --draft"),
         (["--task", "decode", "--batch-size", "2"], "leave out --batch-size"),
         (["--task", "decode", "--record", "it"], "leave out --record"),
         (["--task", "decode", "--preallocate", "--draft", "demo-draft", "--draft-tokens", "30"], "30 does not fit"),
@@ -154,6 +155,16 @@ def test_unassisted_is_the_same_model_in_turns(record):
     gains = sorted(plain["total_s"] / run["total_s"] for run, plain in pairs)
     assert found["speedup_end_to_end"] == pytest.approx(sum(gains) / 2)
     assert "vanilla" not in found["unassisted"]["path"]
+
+
+@pytest.mark.usefixtures("light")
+def test_a_token_reads_less_where_a_forward_gives_several(record):
+    alone = measure.measure(a_point(assistance=Assistance(), runs=1))
+    report = record["assisted"]["reports"][0]
+    rounds, drafts = report["target_forwards"] - 1, report["draft_forwards"]
+    assert record["step_bytes"] > rounds * alone["step_bytes"] / 7
+    draft = measure.measure(a_point("demo-draft", assistance=Assistance(), runs=1))["step_bytes"]
+    assert record["step_bytes"] == round((rounds * alone["step_bytes"] + drafts * draft) / 7)
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,19 @@ def _ratio(above: float | None, below: float | None) -> float | None:
     return None if above is None or not below else above / below
 
 
+def _assisted_bytes(point: Point, subject: Contestant, prompt: Prompt, step: int) -> int:
+    """Bytes read for a token of each row, of which a verification (as many bytes as a `step`) gives several."""
+    rows, new_tokens = point.workload.batch_size, point.workload.new_tokens
+    if new_tokens == 1:
+        return step
+    draft = subject.assistance.get("assistant_model")
+    small = 0 if draft is None else step_bytes(draft, prompt.lengths, new_tokens)
+    rounds = sum(report["target_forwards"] - 1 for report in subject.reports)
+    drafts = sum(report["draft_forwards"] for report in subject.reports)
+    tokens = sum(report["new_tokens"] / rows - 1 for report in subject.reports)
+    return round((rounds * step + drafts * small) / tokens)
+
+
 def assisted_part(point: Point, subject: Contestant, unassisted: Contestant, prompt: Prompt, name: str) -> dict:
     """What assistance did, with the verdict on the ids (of hash `name`) that the record is of."""
     ids_BN = subject.outputs[name]
@@ -165,6 +178,7 @@ def _record(point: Point, contestants, prompt: Prompt, tokenizer, recompiles: in
     # Asking ours would unpack what it has packed; what shares its weights reads as many bytes.
     read_by = reference if point.weights is None else subject
     step = step_bytes(read_by.model, prompt.lengths, point.workload.new_tokens, *point.cache_formats)
+    step = _assisted_bytes(point, subject, prompt, step) if point.assistance.active else step
     read = None if steps_per_s is None else step * steps_per_s / 1e9
     identity = point.identity()
     if point.assistance.active:

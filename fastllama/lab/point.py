@@ -143,7 +143,8 @@ class Point:
         named = {field: work[field] for field in ("batch_size", "prompt_length", "new_tokens")}
         named |= {"static_cache": True} if self.static_cache else {}
         named |= {field: value for field, value in sorted(self.switches.items()) if field != "compile"}
-        named |= self.workload.sampler.given | self.assistance.given
+        named |= self.workload.sampler.given
+        named |= {field: self._assisted()[field] for field in self.assistance.given}
         return ",".join(f"{field}={value}" for field, value in named.items())
 
     def identity(self) -> dict:
@@ -200,8 +201,8 @@ class Point:
             words += [_flag(name), str(value)] if value is not None else []
         for name, value in self.workload.sampler.given.items():
             words += [_flag(name)] if value is True else [_flag(name), str(value)]
-        for name, value in self.assistance.given.items():
-            words += [_flag(name), _name(value) if name == "draft" else str(value)]
+        for name in self.assistance.given:
+            words += [_flag(name), str(self._assisted()[name])]
         if self.workload.prompt_file is not None:
             words += ["--prompt-file", Path(self.workload.prompt_file).name]
         return shlex.join(words)
