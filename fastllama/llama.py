@@ -270,7 +270,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
             self._assisted, self._path = report, words
             return result
         self._say_parent(obstacle)
-        return super()._assisted_decoding(
+        result = super()._assisted_decoding(
             input_ids,
             *how,
             synced_gpus=synced_gpus,
@@ -281,6 +281,8 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
             tokenizer=tokenizer,
             **model_kwargs,
         )
+        self._path = f"parent: {obstacle}"  # a draft that is this model has made calls of its own
+        return result
 
     def _say_parent(self, reason: str) -> None:
         self._path = f"parent: {reason}"

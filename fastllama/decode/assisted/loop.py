@@ -118,8 +118,9 @@ class Call:
 
     def _round(self, keep: bool) -> None:
         rows, engine, tally = self.rows, self.engine, self.tally
+        most = self._most()
         start = self.draft_clock.mark()
-        proposal = self._proposal(self._most())
+        proposal = self.proposer.propose(rows, most) if most > 0 else None
         proposed = self.draft_clock.mark()
         begin = self.clock.mark()
         width = 1 if proposal is None else 1 + proposal.ids.shape[1]
@@ -139,7 +140,7 @@ class Call:
             engine.place([length - 1 if keep or unfinished else 0 for length, unfinished in places])
         end = self.clock.mark()
         target_s = self.clock.seconds(begin, end)
-        draft_s = 0.0 if proposal is None else self.draft_clock.seconds(start, proposed)
+        draft_s = self.draft_clock.seconds(start, proposed) if most > 0 else 0.0
         forwards, judged = 0, []
         if proposal is not None:
             self.proposer.settle(added)
@@ -151,7 +152,8 @@ class Call:
         tally.draft_tokens += sum(meant for _, meant in judged)
         tally.accepted_tokens += sum(stood for stood, _ in judged)
         tally.draft_s, tally.target_s = tally.draft_s + draft_s, tally.target_s + target_s
-        self.schedule.record(width, target_s, forwards, draft_s, judged)
+        timed = 0 if proposal is None or proposal.caught_up else forwards
+        self.schedule.record(width, target_s, timed, draft_s, judged)
 
     def _most(self) -> int:
         """Tokens to propose in this round: as scheduled, as far as they may be written and there is room for them."""
@@ -161,19 +163,15 @@ class Call:
             most = min(most, left - 1)
         if self.engine.explicit:
             most = min(most, self.engine.room() - 1)
-        return most
-
-    def _proposal(self, most: int) -> Proposal | None:
         if most < 1:
-            return None
+            return 0
         if not self.started:  # a draft that is never asked never reads the prompt
             begin = self.draft_clock.mark()
             self.proposer.start()
             self.tally.prefill_s += self.draft_clock.seconds(begin, self.draft_clock.mark())
             self.started = True
         room = self.proposer.most(self.rows)
-        most = most if room is None else min(most, room)
-        return self.proposer.propose(self.rows, most) if most > 0 else None
+        return most if room is None else min(most, room)
 
     def _take(self, proposal: Proposal | None, logits_BQV: torch.Tensor, draft_BK=None) -> list[int]:
         """Verifies, appends and streams; returns by how many tokens each row grew."""

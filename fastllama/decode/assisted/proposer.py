@@ -17,17 +17,19 @@ from fastllama.decode.prompt import Prompt
 from fastllama.decode.stop import StopCheck
 
 _LAG_ON_GPU = 2  # draft steps in flight behind the question whether drafting still makes sense
+_USUALLY_BEHIND = 2  # tokens: the newest, and the last proposal where all stood
 _CATCH_UP = 256  # tokens that a draft which was paused takes in at a time
 
 
 class Proposal(NamedTuple):
     """`ids` [B, K]; `probabilities` [B, K, V] that they were drawn from, None where they were not drawn; how many of
-    each row's are meant; forward passes that they took."""
+    each row's are meant; forward passes that they took; whether the draft first took in text that it had missed."""
 
     ids: torch.Tensor
     probabilities: torch.Tensor | None
     meant: list[int]
     forwards: int
+    caught_up: bool = False
 
 
 class LookupProposer:
@@ -103,7 +105,7 @@ class DraftProposer:
 
     def propose(self, rows: Rows, most: int) -> Proposal:
         """Up to `most` tokens a row, on the draft's device."""
-        logits_BV, forwards = self._caught_up(rows, most)
+        logits_BV, forwards, behind = self._caught_up(rows, most)
         tokens, probabilities = [], []
         live_B = torch.tensor(rows.unfinished, device=self.device)
         if rows.eos and self.ends is None:
@@ -127,14 +129,15 @@ class DraftProposer:
         self.held, self._fed = rows.real(), len(tokens) - 1
         ids = torch.stack(tokens, 1)
         meant = [len(tokens) if going else 0 for going in rows.unfinished]
-        return Proposal(ids, torch.stack(probabilities, 1) if probabilities else None, meant, forwards)
+        q_BKV = torch.stack(probabilities, 1) if probabilities else None
+        return Proposal(ids, q_BKV, meant, forwards, caught_up=behind > _USUALLY_BEHIND)
 
     def settle(self, added: list[int]) -> None:
         """After the target has spoken and each row has grown by `added`: what was fed and stands is held."""
         self.held = [held + min(max(count - 1, 0), self._fed) for held, count in zip(self.held, added, strict=True)]
 
-    def _caught_up(self, rows: Rows, most: int) -> tuple[torch.Tensor, int]:
-        """Logits [B, V] after the newest token, and the forward passes that it took to get there."""
+    def _caught_up(self, rows: Rows, most: int) -> tuple[torch.Tensor, int, int]:
+        """Logits [B, V] after the newest token, the forward passes to get there, and the tokens that they took in."""
         real = rows.real()
         # The same number of tokens for each row: some rows take one in again that they have.
         behind = max(
@@ -147,7 +150,7 @@ class DraftProposer:
         for part in ids.split(_CATCH_UP, dim=1):
             logits_BV = self.engine.step(part)[:, -1]
             forwards += 1
-        return logits_BV, forwards
+        return logits_BV, forwards, behind
 
     def _chosen(self, rows: Rows, before: list[torch.Tensor], logits_BV: torch.Tensor):
         """The next token [B], whether its probability reaches the threshold [B] or None, and what it was drawn from."""

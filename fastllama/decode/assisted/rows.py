@@ -3,6 +3,7 @@
 Legend: B rows, T columns of the padded text, K proposed tokens.
 """
 
+import numpy as np
 import torch
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
@@ -27,6 +28,7 @@ class Rows:
         self.pad = 0 if pad_id is None else int(pad_id)
         self.ids = torch.full((batch, max(self.limit or width + _AHEAD, width + 1)), self.pad)
         self.ids[:, :width] = input_ids
+        self._numbers = self.ids.numpy()  # the same memory: a write costs a tenth of torch's
         self.lengths = [width] * batch
         self.padding = [width - length for length in prompt.lengths.tolist()]
         self.unfinished = [True] * batch
@@ -66,9 +68,8 @@ class Rows:
 
     def newest(self, count: int) -> torch.Tensor:
         """The last `count` tokens of each row [B, count]."""
-        if self.batch == 1:
-            return self.ids[:, self.lengths[0] - count : self.lengths[0]]
-        return torch.stack([row[length - count : length] for row, length in zip(self.ids, self.lengths, strict=True)])
+        columns_BT = np.add.outer(self.lengths, np.arange(-count, 0))
+        return torch.from_numpy(np.take_along_axis(self._numbers, columns_BT, 1))
 
     def add(self, chosen: list[list[int]]) -> list[int]:
         """Appends to each unfinished row what was chosen, up to the end of the row; returns how many were appended."""
@@ -97,7 +98,8 @@ class Rows:
         if start + len(tokens) > self.ids.shape[1]:
             more = self.ids.new_full((self.batch, self.ids.shape[1] + len(tokens)), self.pad)
             self.ids = torch.cat((self.ids, more), 1)
-        self.ids[row, start : start + len(tokens)] = torch.tensor(tokens)
+            self._numbers = self.ids.numpy()
+        self._numbers[row, start : start + len(tokens)] = tokens
         self.lengths[row] = start + len(tokens)
 
     def _ask(self, before: list[int]) -> None:

@@ -3,12 +3,13 @@
 from collections import deque
 
 SCHEDULES = ("constant", "heuristic", "heuristic_transient", "adaptive")
-_MEMORY = 7  # timings of each width whose median counts
+_MEMORY = 7  # timings of each width whose median counts, the lower one of two: what disturbs only adds
 _FORGET = 0.9  # of the evidence on acceptance, kept from round to round
 _PRIOR = 0.7, 2.0  # acceptance before anything is known, and how many trials it weighs
-_FIRST_ROUNDS = 2  # before the first verdict, and before one after each pause
+_FIRST_ROUNDS = 3  # before the first verdict, and before one after each pause
+_AFTER_PAUSE = 0.25  # of the evidence on acceptance, kept over a pause: the text may have changed
 _PROVEN_ROUNDS = 6  # without a pause, after which the next pause is short again
-_FIRST_PAUSE, _LONGEST_PAUSE = 16, 1024  # steps without assistance
+_FIRST_PAUSE, _LONGEST_PAUSE = 16, 256  # steps without assistance
 
 
 class Constant:
@@ -24,7 +25,10 @@ class Constant:
         return self.tokens
 
     def record(self, width: int, target_s: float, drafts: int, draft_s: float, accepted: list[tuple[int, int]]) -> None:
-        """A round: the target's step over `width` tokens, the draft's `drafts` steps, (accepted, proposed) a row."""
+        """A round: the target's step over `width` tokens, the draft's `drafts` steps, (accepted, proposed) a row.
+
+        `drafts` is 0 where the draft did other things too, so that its seconds say nothing about a step.
+        """
 
 
 class Heuristic(Constant):
@@ -94,6 +98,7 @@ class Adaptive:
         if self.rounds >= _FIRST_ROUNDS and self.speed(best) < 1.0:
             self.switched_off += 1
             self.pause_left, self.rounds = self.pause, 0
+            self.hits, self.trials = self.hits * _AFTER_PAUSE, self.trials * _AFTER_PAUSE
             self.pause = min(2 * self.pause, _LONGEST_PAUSE)
             return 0
         if self.rounds >= _PROVEN_ROUNDS:
@@ -115,4 +120,4 @@ class Adaptive:
 
 
 def _median(values: deque[float]) -> float:
-    return sorted(values)[len(values) // 2]
+    return sorted(values)[(len(values) - 1) // 2]
