@@ -262,7 +262,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
             with torch.inference_mode(False):
                 ids = _ordinary(input_ids)
                 inputs = model_kwargs | {"attention_mask": _ordinary(model_kwargs.get("attention_mask"))}
-            other_tokenizer = assistant_tokenizer is not None
+            other_tokenizer = not self._companions.same_tokenizer(tokenizer, assistant_tokenizer)
             obstacle, result, report, words = assisted_call(
                 self, self._engine, self._companions, _asked.get(), draft, other_tokenizer, ids, how, streamer, inputs
             )

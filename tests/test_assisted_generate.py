@@ -131,11 +131,17 @@ def test_half_precision_with_a_draft_in_another_dtype(models):
     assert ours.assisted.acceptance > 0.5
 
 
-def test_the_demo_and_its_draft():
-    ours, draft = (
+@pytest.fixture(scope="module")
+def demo():
+    """The demo and its draft."""
+    return [
         fastllama.LlamaForCausalLM.from_pretrained(demo_folder(which), dtype=torch.float32)
         for which in ("target", "draft")
-    )
+    ]
+
+
+def test_the_demo_and_its_draft(demo):
+    ours, draft = demo
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(20, 800, (1, 24), generator=generator)
     for model in (ours, draft):
@@ -257,6 +263,25 @@ def test_the_cache_handed_out_is_the_one_without_assistance(models, batch):
         torch.testing.assert_close(layer.values, other.values, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["draft", "lookup"])
+def test_stop_strings_and_time(demo, demo_tokenizer, mode):
+    ours, draft = demo
+    for model in demo:
+        model.free()
+    demo_tokenizer.padding_side = "left"
+    texts = ["def main(argv):\n", "class Reader:\n    def read(self):\n        return"]
+    inputs = demo_tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
+    for stopping in ({"stop_strings": ["right (\n#", "_nul"], "tokenizer": demo_tokenizer}, {"max_time": 1e-9}):
+        options = {"max_new_tokens": 60, **stopping, **GREEDY}
+        for rows in (slice(0, 2), slice(1, 2)):
+            some = {name: tensor[rows] for name, tensor in inputs.items()}
+            expected = generate(ours, some, **options)
+            assert expected.shape[1] < inputs["input_ids"].shape[1] + 60
+            found = generate(ours, some, **options, **assistance(mode, draft, 6))
+            assert torch.equal(found, expected)
+            assert ours.assisted.mode == mode
+
+
 class Recorder:
     """A streamer that keeps what it is given."""
 
@@ -319,6 +344,39 @@ def test_a_draft_of_transformers_own_is_left_as_it_is(models):
     assert ours.assisted.accepted_tokens > 0
     for name, parameter in plain.named_parameters():
         assert (parameter.data_ptr(), True) == (before[name][0], torch.equal(parameter, before[name][1]))
+
+
+@pytest.mark.parametrize("size", [300, 450])
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED, {"do_sample": True, "repetition_penalty": 1.2}], ids=str)
+def test_a_vocabulary_that_is_shorter_or_longer(models, demo_tokenizer, sampling, size):
+    _, ours, _ = models
+    draft = pair(max_position_embeddings=256, vocab_size=size)[1]
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            known = min(len(parameter), len(draft.get_parameter(name)))
+            draft.get_parameter(name)[:known] = parameter[:known]
+        draft.lm_head.weight[min(size, 384) :] *= 3  # what the target has not got would win
+    both = {"tokenizer": demo_tokenizer, "assistant_tokenizer": demo_tokenizer}
+    for batch in ("one", "padded"):
+        options = {"max_new_tokens": NEW, **sampling}
+        found = generate(ours, prompt(batch), **options, **assistance("draft", draft), **both)
+        # The longer one knows all that the target does, so that everything it draws from the same scores stands.
+        assert ours.assisted.accepted_tokens > 0
+        if size == 450 and "repetition_penalty" not in sampling:
+            assert ours.assisted.acceptance > 0.99
+        if sampling is GREEDY:
+            assert torch.equal(found, generate(ours, prompt(batch), **options))
+
+
+def test_tokenizers_are_compared_by_what_ids_mean(models, demo_tokenizer):
+    companions, other = models[1]._companions, copy.deepcopy(demo_tokenizer)
+    assert companions.same_tokenizer(demo_tokenizer, None)
+    assert companions.same_tokenizer(None, None)
+    assert companions.same_tokenizer(demo_tokenizer, other)
+    other = copy.deepcopy(demo_tokenizer)
+    other.add_tokens(["something new"])
+    assert not companions.same_tokenizer(demo_tokenizer, other)
+    assert not companions.same_tokenizer(demo_tokenizer, other)
 
 
 def test_k_and_schedule_come_from_the_draft_as_in_transformers(models):

@@ -15,6 +15,7 @@ _KNOWN_INPUTS = {
     "inputs_embeds",
     "logits_to_keep",
     "num_logits_to_keep",
+    "tokenizer",  # comes along where stop strings are asked for
 }
 # transformers leaves these behind once hidden states were asked for; they act only while they are asked for again.
 _IDLE_HOOKS = "transformers.utils.output_capturing"

@@ -21,6 +21,8 @@ class Companions:
 
     def __init__(self):
         self._engines: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictionary()
+        self._compared: list[weakref.ref] = []  # the last two tokenizers
+        self._alike = False
         self._learnt: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Adaptive]] = weakref.WeakKeyDictionary()
 
     def __deepcopy__(self, memo) -> "Companions":
@@ -41,6 +43,18 @@ class Companions:
         if draft not in self._engines:
             self._engines[draft] = Engine(_FOREIGN)
         return self._engines[draft]
+
+    def same_tokenizer(self, one, other) -> bool:
+        """Whether the draft's tokenizer `other` gives every id the meaning that `one` gives it. None is no other.
+
+        transformers asks for both where the vocabularies' sizes differ, which padding alone can make them do.
+        """
+        if other is None or one is other:
+            return True
+        if [reference() for reference in self._compared] != [one, other]:
+            self._compared = [weakref.ref(one), weakref.ref(other)]
+            self._alike = one.get_vocab() == other.get_vocab()
+        return self._alike
 
     def schedule(self, asked: Asked, model: nn.Module, draft: nn.Module | None, rows: int, engines: list[Engine]):
         """How many tokens to propose in each round of a call."""

@@ -57,7 +57,7 @@ def assisted_loop(
     if draft is None:
         proposer = LookupProposer(prompt, asked.ngram)
     else:
-        proposer = DraftProposer(*draft, prompt, most_new, processing, asked.threshold)
+        proposer = DraftProposer(*draft, prompt, most_new, processing, asked.threshold, model.config.vocab_size)
     call = Call(model, engine, proposer, verifier, schedule, rows, streamer)
     as_dict = generation_config.return_dict_in_generate
     report = call.run(prompt, generation_config.prefill_chunk_size, as_dict)

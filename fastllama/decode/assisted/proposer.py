@@ -67,6 +67,8 @@ class LookupProposer:
 class DraftProposer:
     """A smaller Llama with an engine of its own.
 
+    Its vocabulary may be shorter or longer than the target's `vocabulary` ids: what it has not got it is shown as its
+    last id, and it proposes nothing that the target has not got.
     `processing` where it samples, None where it is greedy. Drafting ends early where every row has proposed an end of
     text or a token of probability below `threshold` (0: never).
     """
@@ -75,13 +77,17 @@ class DraftProposer:
 
     def __init__(
         self, model: nn.Module, engine: Engine, prompt: Prompt, new_tokens: int | None, processing: Processing | None,
-        threshold: float,
+        threshold: float, vocabulary: int,
     ):  # fmt: skip
+        own = model.config.vocab_size
+        self.last_id = own - 1 if own < vocabulary else None
+        self.vocabulary = vocabulary if own != vocabulary else None
+        if self.last_id is not None:
+            prompt = prompt._replace(tokens=prompt.tokens.clamp_max(self.last_id))
         self.model, self.engine, self.prompt, self.new_tokens = model, engine, prompt, new_tokens
         self.processing, self.threshold = processing, threshold
         self.held: list[int] | None = None  # tokens of each row in the draft's cache that stand
         self._fed = 0  # proposals of the last round that are in the cache too
-        self.ends: torch.Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -106,23 +112,13 @@ class DraftProposer:
     def propose(self, rows: Rows, most: int) -> Proposal:
         """Up to `most` tokens a row, on the draft's device."""
         logits_BV, forwards, behind = self._caught_up(rows, most)
-        tokens, probabilities = [], []
-        live_B = torch.tensor(rows.unfinished, device=self.device)
-        if rows.eos and self.ends is None:
-            self.ends = torch.tensor(sorted(rows.eos), device=self.device)
-        check = StopCheck(_LAG_ON_GPU if self.device.type == "cuda" else 0, self.device)
+        tokens, probabilities, doubt = [], [], _Doubt(rows, self.device)
         while True:
             token_B, sure_B, q_BV = self._chosen(rows, tokens, logits_BV)
             tokens.append(token_B)
             if q_BV is not None:
                 probabilities.append(q_BV)
-            if len(tokens) == most:
-                break
-            if sure_B is not None:
-                live_B = live_B & sure_B
-            if self.ends is not None:
-                live_B = live_B & ~torch.isin(token_B, self.ends)
-            if (sure_B is not None or self.ends is not None) and check.finished(live_B):
+            if len(tokens) == most or doubt.everywhere(token_B, sure_B):
                 break
             logits_BV = self.engine.step(token_B[:, None])[:, -1]
             forwards += 1
@@ -147,6 +143,8 @@ class DraftProposer:
             self.engine.grow(self.model)
         self.engine.place([max(length - behind, 0) for length in real])
         ids, forwards = rows.newest(behind).to(self.device), 0
+        if self.last_id is not None:
+            ids = ids.clamp_max(self.last_id)
         for part in ids.split(_CATCH_UP, dim=1):
             logits_BV = self.engine.step(part)[:, -1]
             forwards += 1
@@ -154,7 +152,12 @@ class DraftProposer:
 
     def _chosen(self, rows: Rows, before: list[torch.Tensor], logits_BV: torch.Tensor):
         """The next token [B], whether its probability reaches the threshold [B] or None, and what it was drawn from."""
+        if self.vocabulary is not None:
+            logits_BV = logits_BV[:, : self.vocabulary]
         if self.processing is not None:
+            if self.vocabulary is not None:
+                missing = self.vocabulary - logits_BV.shape[1]
+                logits_BV = torch.nn.functional.pad(logits_BV, (0, missing), value=float("-inf"))
             q_BV = self.processing.drafted(rows, before, logits_BV).softmax(-1)
             token_B = draw(q_BV)
             sure_B = q_BV.gather(1, token_B[:, None])[:, 0] >= self.threshold if self.threshold else None
@@ -168,3 +171,28 @@ class DraftProposer:
         largest_B1 = logits_BV.gather(1, token_B[:, None]).float()
         sure_B = (logits_BV.float() - largest_B1).exp().sum(-1) <= 1 / self.threshold
         return token_B, sure_B, None
+
+
+class _Doubt:
+    """Whether going on with a round's draft makes no sense in any row: after an end of text, or an unsure token."""
+
+    def __init__(self, rows: Rows, device: torch.device):
+        self.ends = rows.eos
+        self.live = list(rows.unfinished)
+        if device.type == "cuda":
+            self.check = StopCheck(_LAG_ON_GPU, device)
+            self.live_B = torch.tensor(self.live, device=device)
+            self.ends_tensor = torch.tensor(sorted(self.ends), device=device)
+
+    def everywhere(self, token_B: torch.Tensor, sure_B: torch.Tensor | None) -> bool:
+        """Takes the newest tokens; on an accelerator, answers for those of some steps ago."""
+        if sure_B is None and not self.ends:
+            return False
+        if token_B.device.type == "cuda":
+            self.live_B = self.live_B & ~torch.isin(token_B, self.ends_tensor)
+            self.live_B = self.live_B if sure_B is None else self.live_B & sure_B
+            return self.check.finished(self.live_B)
+        sure = [True] * len(self.live) if sure_B is None else sure_B.tolist()
+        newest = zip(self.live, token_B.tolist(), sure, strict=True)
+        self.live = [live and certain and token not in self.ends for live, token, certain in newest]
+        return not any(self.live)

@@ -68,6 +68,8 @@ class Rows:
 
     def newest(self, count: int) -> torch.Tensor:
         """The last `count` tokens of each row [B, count]."""
+        if self.batch == 1:
+            return self.ids[:, self.lengths[0] - count : self.lengths[0]]
         columns_BT = np.add.outer(self.lengths, np.arange(-count, 0))
         return torch.from_numpy(np.take_along_axis(self._numbers, columns_BT, 1))
 

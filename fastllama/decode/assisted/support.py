@@ -68,7 +68,9 @@ def asked(call: dict, generation_config, draft: nn.Module | None) -> Asked:
     if schedule not in SCHEDULES:
         raise ValueError(f"num_assistant_tokens_schedule={schedule!r} is not allowed; allowed: {', '.join(SCHEDULES)}")
     defaults = config._get_default_generation_params() if hasattr(config, "_get_default_generation_params") else {}
-    threshold = value("assistant_confidence_threshold", defaults.get("assistant_confidence_threshold") or 0.0)
+    # The adaptive schedule weighs what a draft costs; a fixed threshold would end one that costs next to nothing.
+    usual = 0.0 if schedule == "adaptive" else defaults.get("assistant_confidence_threshold") or 0.0
+    threshold = value("assistant_confidence_threshold", usual)
     if not 0 <= threshold <= 1:
         raise ValueError(f"assistant_confidence_threshold={threshold!r} is not allowed; allowed: 0 to 1")
     ngram = generation_config.max_matching_ngram_size or _DEFAULT_NGRAM
