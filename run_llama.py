@@ -105,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     drawing.add_argument("--do-sample", action="store_true", default=None, help="draw each token")
     for flag in SAMPLER_FLAGS:
         drawing.add_argument(flag, metavar="X")
+    _add_assistance(parser.add_argument_group("assistance (ours is timed with it and without, in turns)"))
     how = parser.add_argument_group("how it is measured")
     what.add_argument("--products", help="how a CPU multiplies: auto, stock, native or packed")
     how.add_argument("--runs", type=_size, help=f"timed runs ({NUM_RUNS}; 10 in a sweep)")
@@ -138,6 +139,30 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_assistance(group) -> None:
+    group.add_argument("--draft", metavar="MODEL", help="a smaller model that drafts tokens: demo-draft, a folder, ...")
+    group.add_argument(
+        "--prompt-lookup", metavar="N", help="draft up to N tokens from where the context has the last ones"
+    )
+    group.add_argument("--draft-tokens", metavar="K", help="tokens that a draft model proposes at a time, at first (6)")
+    group.add_argument(
+        "--draft-schedule",
+        metavar="HOW",
+        help="how K follows what is accepted: constant, heuristic or adaptive (adaptive)",
+    )
+    group.add_argument(
+        "--draft-weights",
+        metavar="FORMAT",
+        help="hold the draft in fewer bits; without --draft, the model's own weights",
+    )
+    group.add_argument(
+        "--task",
+        choices=("decode", "benchmark", "lookup"),
+        help="a table of examples in place of a point: ten short prompts; prompts of 256 to 1968 tokens; or prompts "
+        "whose answer repeats them",
+    )
+
+
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = _parser()
     options = parser.parse_args(argv)
@@ -151,6 +176,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if profiled and (options.json or options.record or options.format):
         left = "a trace" if options.profile else "a timeline"
         parser.error(f"{profiled} leaves {left} and no record: leave out --json, --record and --format")
+    assisted = next((name for name in ("draft", "draft_weights", "prompt_lookup") if getattr(options, name)), None)
+    if profiled and assisted:
+        parser.error(f"{profiled} shows plain steps: leave out --{assisted.replace('_', '-')}")
     if options.profile_point is not None and profiled is None:
         parser.error("--profile-point belongs to --profile and --memory-profile")
     if options.memory_only and (profiled or options.record):
@@ -159,7 +187,33 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         parser.error("--retry-failed belongs to --sweep")
     if options.dry_run and (profiled or options.record):
         parser.error("--dry-run measures nothing: leave out --profile, --memory-profile and --record")
+    if options.task is not None:
+        _refuse_beside_task(parser, options)
     return options
+
+
+def _refuse_beside_task(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """A task has its own prompts, sizes and table."""
+    names = ("batch_size", "prompt_length", "new_tokens", "prompt_file", "sweep", "dry_run", "retry_failed", "profile")
+    names += ("memory_profile", "memory_only", "profile_point", "record", "format")
+    given = [name for name in names if getattr(options, name)]
+    if given:
+        parser.error(f"--task has its own prompts and its own table: leave out --{given[0].replace('_', '-')}")
+
+
+def _run_task(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from fastllama.lab.option import OPTIONS
+    from fastllama.lab.progress import progress
+    from fastllama.lab.tasks import run, table
+
+    given = {name: value for name in OPTIONS if (value := getattr(options, name)) is not None}
+    task = run.plan(options.task, given, options.runs or NUM_RUNS, options.warmup)
+    with progress(task.steps) as begin:
+        lines = run.run(task, options.json, begin)
+    Console().print(table.of(lines))
+    return 0
 
 
 def _plan(options: argparse.Namespace):
@@ -205,6 +259,8 @@ def _run(options: argparse.Namespace) -> int:
 
     logging.disable_progress_bar()  # one bar at a time
     hub_logging.set_verbosity_error()  # a hub out of reach is one error, not ten retries
+    if options.task is not None:
+        return _run_task(options)
     if options.record is not None:
         record.check_recordable(options.commit)
     if options.format is not None:

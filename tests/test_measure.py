@@ -338,7 +338,7 @@ def test_the_margin_is_the_references_own(tiny):
     wrong = out.sequences[:, 24:].clone()
     wrong[1, 4] += 1
     subject.outputs["x"] = wrong
-    _, divergence, _, _ = measure._parity(a_point(tiny), subject, alone, prompt)
+    _, divergence, _, _ = measure.judged(a_point(tiny), subject, alone, prompt, lossy=False)
     assert divergence.margin == pytest.approx(parity.top_margin(out.scores[4][1]), abs=1e-4)
 
 

@@ -64,6 +64,8 @@ class Shape:
 
 SHAPES = {
     #                     D     L   N   K    H      I       V  tied
+    # One fortieth of tinyllama-1.1b, for a draft beside it.
+    "llama-27m": Shape(384, 10, 12, 4, 32, 960, 32000, True, max_position_embeddings=2048),
     "llama-160m": Shape(768, 12, 12, 12, 64, 3072, 32000, False, max_position_embeddings=2048, rms_norm_eps=1e-6),
     "tinyllama-1.1b": Shape(2048, 22, 32, 4, 64, 5632, 32000, False, max_position_embeddings=2048),
     "llama-2-7b": Shape(4096, 32, 32, 32, 128, 11008, 32000, False),

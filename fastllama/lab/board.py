@@ -30,7 +30,8 @@ def tag(record: dict, name: str) -> str:
     """The chart a figure belongs to: "<workload>/<figure>", where TensorBoard groups by what precedes the slash."""
     keys = ("model", "dtype", "device", "batch_size", "prompt_length", "new_tokens")
     workload = "{} {} {} b{} p{} n{}".format(*(record[key] for key in keys))
-    sampler = figures.workload(record)[-1]
+    *_, assistance, sampler = figures.workload(record)
+    workload += "" if assistance is None else f" {assistance}"
     workload += "" if sampler == "greedy" else f" {sampler}"
     return f"{workload.replace('/', '_')}/{name}"
 

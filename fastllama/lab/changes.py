@@ -26,8 +26,10 @@ it again and compares.
   checkpoint's file; accelerator: allocated).
 - *hash*: sha256 over the new ids, 8 digits. *parity*: `exact`, ids equal to vanilla's; `tie`, equal up to a position
   where vanilla's two best logits are closer than 1e-4; `half`, fp16 or bf16, where equality is reported and not
-  promised; `lossy`, a switch that stores fewer bits: never called equal, but scored; `differs`; `reference`, vanilla
-  itself.
+  promised; `lossy`, a switch that stores fewer bits: never called equal, but scored; `drawn`, drawn with assistance:
+  other tokens of the same distribution; `differs`; `reference`, vanilla itself.
+- *assisted x*, behind what is compiled: the seconds of the same model unassisted over those of the assisted calls,
+  whole calls in turns in one process. Assisted rows have tables of their own.
 - *quality*, of lossy rows: teacher-forced on the start of the demo's held-out text, against vanilla in fp32:
   perplexity and its change, KL divergence of the reference from ours (nats; mean, and the 99th percentile over the
   positions), and the share of positions with the same likeliest token.
@@ -145,14 +147,21 @@ def prediction(record: dict) -> str:
     return cell(record["prediction"]) + note[record["prediction_committed"]]
 
 
+def how(record: dict) -> str:
+    """What was compiled, and for an assisted record its gain end to end over the same model unassisted."""
+    words = record["switches"]["compile"]
+    return (
+        f"{words}, assisted x {number(record['assisted']['speedup_end_to_end'], 2)}" if "assisted" in record else words
+    )
+
+
 def _row(record: dict, before: dict | None) -> list[str]:
     share = record["ceiling_fraction"]
-    switch = record["switches"]["compile"]
     return [
         f"[{record['id'].split('-')[0]}]({words.LOGS}/{record['id']}/record.json)",
         f"`{record['commit'][:7]}`",
         cell(record["what"]),
-        switch,
+        how(record),
         speed(record["tok_per_s"]),
         speed(record["decode_tok_per_s"], figures.spread(record)),
         times_vanilla(record),

@@ -122,6 +122,11 @@ def require_room(checkpoint: Checkpoint, point: Point) -> None:
     if point.weights is not None:  # transformers' own model has floats of its own beside them
         weights += checkpoint.weight_bytes(point.torch_dtype, point.weights)
     cache = position_bytes(checkpoint.config, itemsize) * point.workload.batch_size * point.positions
+    draft = point.assistance.draft_model(point.model)
+    if draft is not None:
+        beside = outline(draft, point.torch_dtype)
+        weights += beside.weight_bytes(point.torch_dtype, point.assistance.draft_weights)
+        cache += position_bytes(beside.config, itemsize) * point.workload.batch_size * point.positions
     free = available_bytes(device)
     if weights + cache > free:
         raise MemoryError(

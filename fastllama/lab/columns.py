@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 
 from fastllama import FastConfig
 from fastllama.lab import figures
+from fastllama.lab.assistance import Assistance
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,9 @@ def _at(*path: str) -> Callable:
     return value
 
 
-def _plain(group: str, kind: type, *names: str, under: str | None = None, prefix: str = "", digits: int = 2):
-    return [Column(prefix + name, kind, group, _at(*([under] if under else []), name), digits) for name in names]
+def _plain(group: str, kind: type, *names: str, under: str | tuple = (), prefix: str = "", digits: int = 2):
+    place = (under,) if isinstance(under, str) else under
+    return [Column(prefix + name, kind, group, _at(*place, name), digits) for name in names]
 
 
 def _spread_of(name: str, end: int, baseline: bool = False) -> Callable:
@@ -88,6 +90,18 @@ _MEASURED = [
     Column("vanilla_path", str, "parity", _at("baseline", "path")),
     *_plain("parity", str, "text_sample"),
 ]
+_ASSISTANCE = [  # of points that have any
+    Column(part.name, int if part.type == (int | None) else str, "options", _at("assisted", part.name))
+    for part in fields(Assistance)
+]
+_ASSISTED = [
+    *_plain("assistance", float, "speedup_end_to_end", "acceptance", "tokens_per_target_forward", under="assisted"),
+    *_plain("assistance", float, "draft_s", "target_s", under="assisted", digits=4),
+    *_plain("assistance", int, "switched_off", under="assisted"),
+    *_plain(
+        "assistance", float, "tok_per_s", "decode_tok_per_s", prefix="unassisted_", under=("assisted", "unassisted")
+    ),
+]
 _MACHINE = [
     *_plain("machine", str, "cpu", "gpu", "gpu_driver", "gpu_power_limit", "governor", under="environment"),
     *_plain("machine", int, "cores", "threads", "interop_threads", under="environment"),
@@ -114,7 +128,9 @@ def _chosen(points: list[dict], field: str, known: list[str]) -> list[Column]:
 def options(points: list[dict]) -> list[Column]:
     """What was chosen for a point: workload, sampler and switches, of which those that vary are compared."""
     switches = ["preallocate", *(field.name for field in fields(FastConfig))]
-    return [*WORKLOAD, *_chosen(points, "sampler", []), *_chosen(points, "switches", switches)]
+    chosen = [*_chosen(points, "sampler", []), *_chosen(points, "switches", switches)]
+    assisted = any("assisted" in point for point in points)
+    return [*WORKLOAD, *chosen, *(_ASSISTANCE if assisted else [])]
 
 
 def of_points(points: list[dict]) -> list[Column]:
@@ -122,7 +138,8 @@ def of_points(points: list[dict]) -> list[Column]:
 
     ValueError if a switch has the name of another column.
     """
-    made = [*_RECORD, *options(points), *_MEASURED, *_MACHINE]
+    assisted = _ASSISTED if any("assisted" in point for point in points) else []
+    made = [*_RECORD, *options(points), *assisted, *_MEASURED, *_MACHINE]
     names = [column.name for column in made]
     for name in names:
         if names.count(name) > 1:

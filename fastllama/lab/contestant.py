@@ -10,13 +10,15 @@ import torch
 from transformers import StaticCache
 
 import fastllama
-from fastllama.lab import checkpoint, vanilla
+from fastllama.lab import assisted, checkpoint, drafting, vanilla
 from fastllama.lab.checkpoint import Checkpoint
 from fastllama.lab.fault import explained
 from fastllama.lab.parity import output_hash, top_margin
 from fastllama.lab.point import Point
 from fastllama.lab.sampler import Sampler
 from fastllama.lab.workload import Prompt
+
+_OURS = ("ours", "unassisted")
 
 
 def synchronize(device: torch.device) -> None:
@@ -29,7 +31,7 @@ def synchronize(device: torch.device) -> None:
 class Contestant:
     """One way to generate, and what was seen of it. Times in seconds."""
 
-    name: str  # "ours", "vanilla", "compiled" or "static"
+    name: str  # "ours", "unassisted" (ours as well), "vanilla", "compiled" or "static"
     model: torch.nn.Module
     load_s: float | None = None
     compile_s: float = 0.0
@@ -41,6 +43,9 @@ class Contestant:
     reserved_bytes: int | None = None  # what `preallocate` took
     prefill_chunk: int | None = None  # transformers' prefill_chunk_size; ours has it as a switch
     positions: int | None = None  # that "static" reserves
+    assistance: dict = field(default_factory=dict)  # arguments of generate that bring it
+    reports: list[dict] = field(default_factory=list)  # of the timed runs, where there is assistance
+    told: dict | None = None  # the last call's report
     _path: str | None = None
 
     def generate(self, prompt: Prompt, new_tokens: int) -> tuple[torch.Tensor, float]:
@@ -65,11 +70,20 @@ class Contestant:
         new_ids = ids[:, input_ids.shape[1] :].cpu()
         if new_ids.shape != (len(input_ids), new_tokens):
             raise RuntimeError(f"{self.name} returned {tuple(new_ids.shape)} new tokens and not {new_tokens} a row")
+        if self.name in _OURS:
+            self._path = self.model.path  # of this contestant's own call: two may share a model
+            self.told = self._report() if self.assistance else None
         return new_ids, seconds
+
+    def _report(self) -> dict:
+        if self.model.assisted is None:
+            raise ValueError(f"this call cannot be assisted on the fast path: {self.model.path}")
+        return assisted.report_of(self.model.assisted)
 
     def _extra(self) -> dict:
         """Arguments of `generate` that only this contestant has."""
         extra = {} if self.prefill_chunk is None else {"prefill_chunk_size": self.prefill_chunk}
+        extra |= self.assistance
         if self.name == "compiled":
             # transformers would compile a static cache's forward by itself on a GPU; ours is compiled already.
             extra |= {"cache_implementation": "static", "disable_compile": True}
@@ -93,6 +107,7 @@ class Contestant:
         new_ids, seconds = self.generate(prompt, new_tokens)
         self.runs.append({"total_s": seconds})
         self.outputs.setdefault(output_hash(new_ids), new_ids)
+        self.reports += [self.told] if self.told is not None else []
 
     def time_first(self, prompt: Prompt) -> None:
         """End a run: t_1."""
@@ -122,9 +137,15 @@ class Contestant:
     @property
     def path(self) -> str:
         """What ran, in words; ours as it says itself after a call."""
-        if self.name == "ours":
-            return self.model.path
-        return "transformers, eager" if self._path is None else self._path
+        if self._path is None:
+            return self.model.path if self.name in _OURS else "transformers, eager"
+        return self._path
+
+    def free(self) -> None:
+        """Give back what ours and its draft reserved."""
+        for model in (self.model, self.assistance.get("assistant_model")):
+            if isinstance(model, fastllama.LlamaForCausalLM):
+                model.free()
 
 
 def _preallocate(model, point: Point) -> tuple[float, int]:
@@ -150,6 +171,7 @@ def load_alone(point: Point, found: Checkpoint, name: str, pad: int) -> Contesta
         contestant._path = f"transformers, eager, static cache of {point.positions}"
     if name == "ours":
         contestant.compile_s, contestant.reserved_bytes = _preallocate(model, point)
+        contestant.assistance = drafting.arguments(point, model, drafting.load(point, pad))
     elif name == "compiled":
         vanilla.compile_forward(model, point.compile)
         contestant._path = f"transformers, static cache, compiled {point.compile}"
@@ -159,7 +181,8 @@ def load_alone(point: Point, found: Checkpoint, name: str, pad: int) -> Contesta
 def load_all(point: Point, found: Checkpoint, pad: int) -> list[Contestant]:
     """The point's contestants, the subject first; those after it share its weights and load nothing.
 
-    Weights in few bits cannot be shared: the others load their floats then.
+    Weights in few bits cannot be shared: the others load their floats then. "unassisted" is the subject's own model,
+    in the same reservation, and comes last.
     """
     subject = load_alone(point, found, point.contestants[0], pad)
     others = []
@@ -171,4 +194,6 @@ def load_all(point: Point, found: Checkpoint, pad: int) -> list[Contestant]:
         model.generation_config = subject.model.generation_config
         others.append(Contestant(name, model, sampler=subject.sampler, seed=subject.seed))
         others[-1].prefill_chunk = None if point.preallocate else point.prefill_chunk
+    if point.assistance.active:
+        others.append(Contestant("unassisted", subject.model, sampler=subject.sampler, seed=subject.seed))
     return [subject, *others]

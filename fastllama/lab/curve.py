@@ -20,7 +20,12 @@ _FAR = 30  # from here on a line leads to the label
 
 
 def _belongs(point: dict) -> bool:
-    if point["batch_size"] != 1 or not point["switches"]["preallocate"] or point["baseline"] is None:
+    if (
+        "assisted" in point
+        or point["batch_size"] != 1
+        or not point["switches"]["preallocate"]
+        or point["baseline"] is None
+    ):
         return False
     return bool(point["row_tok_per_s"] and point["baseline"]["row_tok_per_s"] and point["ceiling_gb_per_s"])
 

@@ -58,7 +58,8 @@ def seconds(point: Point, rates: Rates, only_memory: bool = False) -> float:
     queries = config.num_hidden_layers * config.num_attention_heads * head_dim(config)
     pairs_s = 4 * queries * work.prompt_length**2 / 2 / rates.flop_per_s[point.dtype]
     total = load_s
-    for name in point.contestants[:1] if only_memory else point.contestants:
+    for name in point.contestants[:1] if only_memory else point.timed:
+        name = "ours" if name == "unassisted" else name
         formats = point.cache_formats if name == "ours" else (None, None)
         position = checkpoint.position_bytes(found.config, itemsize, *formats)
         row_bytes = position * (work.prompt_length + work.new_tokens / 2)

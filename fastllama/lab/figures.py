@@ -2,6 +2,7 @@
 
 from statistics import median
 
+from fastllama.lab.assistance import of_stored
 from fastllama.lab.sampler import Sampler
 
 # The fields of a point, and of its baseline, that follow from `runs`.
@@ -52,16 +53,25 @@ def subject_name(point: dict) -> str:
 
 
 def workload(point: dict) -> tuple:
-    """What was asked of which model: (model, dtype, batch_size, prompt_length, new_tokens, sampler in words)."""
+    """What was asked of which model: (model, dtype, batch_size, prompt_length, new_tokens, assistance, sampler).
+
+    Assistance (None without) and sampler in words: an assisted point is compared with others that are so assisted.
+    """
     sizes = tuple(point[name] for name in ("model", "dtype", "batch_size", "prompt_length", "new_tokens"))
     # A point from before there was a sampler is greedy.
-    return (*sizes, str(Sampler(**point.get("sampler", {}))))
+    return (*sizes, assistance(point), str(Sampler(**point.get("sampler", {}))))
+
+
+def assistance(point: dict) -> str | None:
+    """How a stored point is assisted, in a few words."""
+    return str(of_stored(point)) if "assisted" in point else None
 
 
 def workload_name(point: dict) -> str:
     """The workload as a heading: "demo fp32, batch 1, prompt 1000, 200 new tokens"."""
-    model, dtype, batch_size, prompt_length, new_tokens, sampler = workload(point)
+    model, dtype, batch_size, prompt_length, new_tokens, assisted, sampler = workload(point)
     name = f"{model} {dtype}, batch {batch_size}, prompt {prompt_length}, {new_tokens} new tokens"
+    name += f", {assisted}" if assisted else ""
     return name if sampler == "greedy" else f"{name}, {sampler}"
 
 

@@ -105,7 +105,7 @@ class Line:
 
 
 def _same_text(dtype: str, verdict: str) -> bool:
-    if verdict == "lossy":  # its text may differ: what quality it has to keep is a bound of its own
+    if verdict in ("lossy", "drawn"):  # its text may differ: what quality it has to keep is a bound of its own
         return True
     if dtype in HALF_DTYPES:
         return verdict != "differs"

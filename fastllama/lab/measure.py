@@ -9,12 +9,12 @@ from dataclasses import asdict
 import torch
 from torch._dynamo.utils import counters
 
-from fastllama.lab import checkpoint, contestant, digest, memory, peak, quality, workload
+from fastllama.lab import assisted, checkpoint, contestant, digest, drafting, memory, parity, peak, quality, workload
 from fastllama.lab.ceiling import Ceiling, step_bytes
 from fastllama.lab.contestant import Contestant
 from fastllama.lab.environment import environment
 from fastllama.lab.figures import summary
-from fastllama.lab.parity import Divergence, compare, output_hash, worst
+from fastllama.lab.parity import Divergence, output_hash, worst
 from fastllama.lab.point import Point
 from fastllama.lab.schema import SCHEMA
 from fastllama.lab.sources import source_sha256
@@ -31,7 +31,7 @@ def _source_sha256() -> str:
 
 def steps(point: Point) -> int:
     """How often `measure` reports progress."""
-    return 2 * len(point.contestants) + point.runs + 2 + bool(point.lossy_switches)
+    return len(point.contestants) + len(point.timed) + point.runs + 2 + bool(point.lossy_switches)
 
 
 def measure(point: Point, progress: Callable[[str], None] = lambda doing: None) -> dict:
@@ -43,6 +43,7 @@ def measure(point: Point, progress: Callable[[str], None] = lambda doing: None) 
     device = torch.device(point.device)
     found = checkpoint.find(point.model, point.torch_dtype)
     tokenizer = checkpoint.tokenizer(found)
+    drafting.require_match(point, tokenizer)
     checkpoint.require_room(found, point)
     prompt = workload.prompt(point.workload, tokenizer)
     predicted = peak.predict(point, point.contestants[0])
@@ -93,8 +94,7 @@ def _time(point: Point, contestants: list[Contestant], prompt: Prompt, ceiling: 
 def release(point: Point, contestants: list[Contestant]) -> None:
     """Give back what a point took, so that the next one starts as this one did."""
     for each in contestants:
-        if each.name == "ours":
-            each.model.free()
+        each.free()
     contestants.clear()
     gc.collect()
     if point.compile != "no":
@@ -104,20 +104,21 @@ def release(point: Point, contestants: list[Contestant]) -> None:
         torch.accelerator.empty_cache()
 
 
-def _parity(point: Point, subject: Contestant, reference: Contestant, prompt: Prompt):
-    """(verdict, divergence, hash, ids [B, N]) of the subject's worst run."""
+def judged(point: Point, subject: Contestant, reference: Contestant, prompt: Prompt, lossy: bool):
+    """(verdict, divergence, hash, ids [B, N]) of the subject's worst run beside the reference's."""
     reference_BN = next(iter(reference.outputs.values()))
+    drawn = bool(subject.assistance) and point.workload.sampler.do_sample
 
     def margin(row: int, position: int) -> float:
         return reference.margin(prompt, row, reference_BN[row, :position])
 
-    judged = {}
+    found = {}
     for name, ids_BN in subject.outputs.items():
-        judged[name] = compare(ids_BN, reference_BN, point.dtype, margin, bool(point.lossy_switches))
-    verdict = worst([verdict for verdict, _ in judged.values()])
-    worse = [name for name, judgement in judged.items() if judgement[0] == verdict]
-    name = next((name for name in worse if judged[name][1] is not None), worse[0])
-    return verdict, judged[name][1], name, subject.outputs[name]
+        found[name] = parity.compare(ids_BN, reference_BN, point.dtype, margin, lossy, drawn)
+    verdict = worst([verdict for verdict, _ in found.values()])
+    worse = [name for name, judgement in found.items() if judgement[0] == verdict]
+    name = next((name for name in worse if found[name][1] is not None), worse[0])
+    return verdict, found[name][1], name, subject.outputs[name]
 
 
 def _figures(point: Point, each: Contestant) -> dict:
@@ -130,7 +131,10 @@ def _figures(point: Point, each: Contestant) -> dict:
     }
 
 
-def _divergence(found: Divergence) -> dict:
+def divergence_json(found: Divergence | None) -> dict | None:
+    """A divergence as JSON has it."""
+    if found is None:
+        return None
     return {**asdict(found), "margin": found.margin if math.isfinite(found.margin) else None}
 
 
@@ -138,11 +142,33 @@ def _ratio(above: float | None, below: float | None) -> float | None:
     return None if above is None or not below else above / below
 
 
+def _assisted_bytes(point: Point, subject: Contestant, prompt: Prompt, step: int) -> int:
+    """Bytes read for a token of each row, of which a verification (as many bytes as a `step`) gives several."""
+    rows, new_tokens = point.workload.batch_size, point.workload.new_tokens
+    if new_tokens == 1:
+        return step
+    draft = subject.assistance.get("assistant_model")
+    small = 0 if draft is None else step_bytes(draft, prompt.lengths, new_tokens)
+    rounds = sum(report["target_forwards"] - 1 for report in subject.reports)
+    drafts = sum(report["draft_forwards"] for report in subject.reports)
+    tokens = sum(report["new_tokens"] / rows - 1 for report in subject.reports)
+    return round((rounds * step + drafts * small) / tokens)
+
+
+def assisted_part(point: Point, subject: Contestant, unassisted: Contestant, prompt: Prompt, name: str) -> dict:
+    """What assistance did, with the verdict on the ids (of hash `name`) that the record is of."""
+    ids_BN = subject.outputs[name]
+    alone = Contestant(subject.name, subject.model, assistance=subject.assistance, outputs={name: ids_BN})
+    verdict, divergence, _, _ = judged(point, alone, unassisted, prompt, lossy=False)
+    sizes = (point.workload.batch_size, point.workload.new_tokens)
+    return assisted.of(subject, unassisted, sizes, verdict, divergence_json(divergence))
+
+
 def _record(point: Point, contestants, prompt: Prompt, tokenizer, recompiles: int, ceiling: Ceiling) -> dict:
     subject = contestants[0]
-    reference = contestants[1] if len(contestants) > 1 else subject
+    reference = contestants[1] if len(point.contestants) > 1 else subject
     reference_hash = next(iter(reference.outputs))
-    verdict, divergence, name, ids_BN = _parity(point, subject, reference, prompt)
+    verdict, divergence, name, ids_BN = judged(point, subject, reference, prompt, bool(point.lossy_switches))
     ours = _figures(point, subject)
     baseline = None
     if reference is not subject:
@@ -152,17 +178,21 @@ def _record(point: Point, contestants, prompt: Prompt, tokenizer, recompiles: in
     # Asking ours would unpack what it has packed; what shares its weights reads as many bytes.
     read_by = reference if point.weights is None else subject
     step = step_bytes(read_by.model, prompt.lengths, point.workload.new_tokens, *point.cache_formats)
+    step = _assisted_bytes(point, subject, prompt, step) if point.assistance.active else step
     read = None if steps_per_s is None else step * steps_per_s / 1e9
+    identity = point.identity()
+    if point.assistance.active:
+        identity["assisted"] |= assisted_part(point, subject, contestants[-1], prompt, name)
     return {
         "schema": SCHEMA,
-        **point.identity(),
+        **identity,
         "switch_defaults": point.switch_defaults(),
         **ours,
         "compile_s": subject.compile_s,
         "hash": name,
         "reference_hash": reference_hash,
         "parity": "reference" if baseline is None else verdict,
-        "first_divergence": None if divergence is None else _divergence(divergence),
+        "first_divergence": divergence_json(divergence),
         "recompiles_after_warmup": recompiles,
         "baseline": baseline,
         "speedup": ours["tok_per_s"] / against["tok_per_s"],

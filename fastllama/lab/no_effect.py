@@ -9,7 +9,7 @@ from fastllama.lab.option import OPTIONS
 
 # What is asked, and of which model, is no choice that could be without effect.
 _CHOICES = [
-    *(name for name, found in OPTIONS.items() if found.place in ("switch", "sampler")),
+    *(name for name, found in OPTIONS.items() if found.place in ("switch", "sampler", "assistance")),
     "preallocate",
     "cache_length",
 ]

@@ -6,6 +6,7 @@ from types import NoneType
 from typing import get_args
 
 import fastllama
+from fastllama.lab.assistance import Assistance
 from fastllama.lab.point import DTYPES, Point
 from fastllama.lab.sampler import Sampler
 from fastllama.lab.workload import Workload
@@ -15,7 +16,7 @@ _TRUTHS = {"true": True, "on": True, "yes": True, "false": False, "off": False, 
 
 @dataclass(frozen=True)
 class Option:
-    """place: "point", "workload", "sampler" or "switch". kinds: the types that a value may have."""
+    """place: "point", "workload", "sampler", "switch" or "assistance". kinds: the types that a value may have."""
 
     name: str
     place: str
@@ -125,6 +126,7 @@ OPTIONS = {
         *_of_values(fastllama.FastConfig, "switch"),
         *_of_table(Workload, "workload", _OF_WORKLOAD),
         *_of_values(Sampler, "sampler"),
+        *_of_values(Assistance, "assistance"),
     )
 }
 
@@ -147,10 +149,11 @@ def point(values: dict, runs: int, warmup: int) -> Point:
 
     Of the switches only those that are given are part of it, as on the command line.
     """
-    placed: dict[str, dict] = {"point": {}, "workload": {}, "sampler": {}, "switch": {}}
+    placed: dict[str, dict] = {place: {} for place in ("point", "workload", "sampler", "switch", "assistance")}
     for name, value in values.items():
         placed[OPTIONS[name].place][name] = value
     work = Workload(**placed["workload"], sampler=Sampler(**placed["sampler"]))
+    placed["point"] |= {"assistance": Assistance(**placed["assistance"])}
     return Point(workload=work, switches=placed["switch"], runs=runs, warmup=warmup, **placed["point"])
 
 
@@ -164,6 +167,8 @@ def stored(kept: dict, name: str):
         return kept["switches"].get(name, found.default)
     if found.place == "sampler":
         return kept.get("sampler", {}).get(name, found.default)
+    if found.place == "assistance":
+        return kept.get("assisted", {}).get(name, found.default)
     if name == "cache_length" and kept[name] in (None, kept["prompt_length"] + kept["new_tokens"]):
         return None
     return kept.get(name, found.default)

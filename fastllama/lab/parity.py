@@ -13,7 +13,7 @@ import torch
 TIE_MARGIN = 1e-4
 HALF_DTYPES = ("fp16", "bf16")
 # From best to worst: a batch, or several runs, are as good as their worst.
-VERDICTS = ("exact", "tie", "half", "lossy", "differs")
+VERDICTS = ("exact", "tie", "half", "lossy", "drawn", "differs")
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,15 @@ def compare(
     dtype: str,
     margin: Callable[[int, int], float],
     lossy: bool = False,
+    drawn: bool = False,
 ) -> tuple[str, Divergence | None]:
-    """The verdict ("exact", "tie", "half", "lossy" or "differs") and the divergence that decides it.
+    """The verdict ("exact", "tie", "half", "lossy", "drawn" or "differs") and the divergence that decides it.
 
     margin(row, position): the reference's top-1 minus top-2 logit before that new token. In fp32 a batch is a
     tie only if every row that differs does so at a tie; the divergence named is then the earliest, and else
     the earliest that is no tie. In half precision it is the earliest. With a lossy switch no ids are called equal,
-    though they may be; their divergence is the earliest, if there is one.
+    though they may be; their divergence is the earliest, if there is one. drawn: with assistance, which draws from the
+    same distribution in another order; what differs then is "drawn".
     """
     firsts = first_differences(ours_BN, reference_BN)
     found = [Divergence(row, position, margin(row, position)) for row, position in firsts]
@@ -63,6 +65,8 @@ def compare(
         return "lossy", found[0] if found else None
     if not found:
         return "exact", None
+    if drawn:
+        return "drawn", found[0]
     if dtype in HALF_DTYPES:
         return "half", found[0]
     real = [divergence for divergence in found if not divergence.margin < TIE_MARGIN]

@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 from fastllama.cache.budget import available_bytes
 from fastllama.decode.chunks import automatic_chunk
 from fastllama.lab import checkpoint, memory
+from fastllama.lab.assistance import Assistance
 from fastllama.lab.point import Point
 from fastllama.lab.workload import Workload
 from fastllama.model.footprint import cache_shape, head_dim, prefill_bytes, rotary_bytes, weight_bytes
@@ -80,9 +81,8 @@ def measured_base(point: Point, name: str) -> int:
     if torch.device(point.device).type != "cpu":
         return 0
     kept = {field: value for field, value in point.switches.items() if field in ("compile", "products")}
-    small = replace(
-        point, model="demo", workload=Workload(1, _BASE_PROMPT, 1), switches=kept, cache_length=None, runs=1, warmup=0
-    )
+    work, alone = Workload(1, _BASE_PROMPT, 1), {"cache_length": None, "assistance": Assistance()}
+    small = replace(point, model="demo", workload=work, switches=kept, runs=1, warmup=0, **alone)
     key = (small.command(), name)
     if key not in _bases:
         _bases[key] = int(memory.peaks(small, name).max_mem_mb * 1e6) - predict(small, name, base=0).nbytes
@@ -105,7 +105,8 @@ def predict(point: Point, name: str, base: int | None = None) -> Peak:
     if base is None:
         base = base_bytes() if torch.device(point.device).type == "cpu" else 0
     if name == "ours":
-        return _ours(point, config, base)
+        own = _ours(point, config, base)
+        return _with_draft(point, own) if point.assistance.drafts else own
     weights = parameters * point.torch_dtype.itemsize
     if name == "static":
         return Peak(base, weights, *_static(point, config))
@@ -121,6 +122,15 @@ def _ours(point: Point, config: LlamaConfig, base: int) -> Peak:
     past = work.prompt_length - tokens
     passing = (_HEAP if device.type == "cpu" else 1) * prefill_bytes(config, shape, tokens, past, switches.weights)
     return Peak(base, weight_bytes(config, switches.weights, dtype).total, shape.nbytes + rotary_bytes(shape), passing)
+
+
+def _with_draft(point: Point, own: Peak) -> Peak:
+    """The draft has weights and a cache of its own; target and draft compute in turns."""
+    switches = {name: value for name, value in point.switches.items() if name not in ("weights", "cache_k", "cache_v")}
+    switches |= {"weights": bits} if (bits := point.assistance.draft_weights) is not None else {}
+    model = point.assistance.draft_model(point.model)
+    draft = predict(replace(point, model=model, switches=switches, assistance=Assistance()), "ours", base=0)
+    return Peak(own.base, own.weights + draft.weights, own.cache + draft.cache, max(own.work, draft.work))
 
 
 def _sizes_of(point: Point, config: LlamaConfig) -> tuple[int, int, int]:

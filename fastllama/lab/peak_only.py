@@ -40,7 +40,8 @@ def measure(point: Point, progress: Callable[[str], None] = lambda doing: None) 
 
 def _rehearse(point: Point) -> None:
     """Has the products measured, which takes memory on a machine's first use of a model and none later."""
-    small = replace(point, workload=Workload(point.workload.batch_size, 16, 1), cache_length=None)
+    new_tokens = 1 + point.assistance.active * point.assistance.tokens  # a draft has to fit
+    small = replace(point, workload=Workload(point.workload.batch_size, 16, new_tokens), cache_length=None)
     if small.command() not in _rehearsed:
         memory.peaks(small, "ours")
         _rehearsed.add(small.command())

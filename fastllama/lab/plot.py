@@ -5,7 +5,18 @@ They read in black and white: series differ in marker and line, and what is vani
 
 from pathlib import Path
 
-from fastllama.lab import curve, history, plot_memory, plot_rows, plot_sweep, points_file, record, suite_file
+from fastllama.lab import (
+    curve,
+    history,
+    plot_assisted,
+    plot_memory,
+    plot_rows,
+    plot_sweep,
+    points_file,
+    record,
+    suite_file,
+)
+from fastllama.lab.tasks import file as task_file
 
 
 def arguments(commands) -> None:
@@ -22,14 +33,18 @@ def arguments(commands) -> None:
     for part in (sweep, memory):
         part.add_argument("file", type=Path, help="what run_llama.py --json wrote")
         part.add_argument("--axis", metavar="OPTION", help="of two options that vary, the one along the axis")
+    assisted = kinds.add_parser("assisted", help="the gain of assistance against acceptance, predicted and measured")
+    assisted.add_argument("file", type=Path, help="what run_llama.py --task NAME --json wrote")
     ceiling = kinds.add_parser("curve", help="decode speed against the bytes of a token, beside the ceiling")
     ceiling.add_argument("--suite", type=Path, metavar="FILE", help="also the points of a file of tb_logs/suite")
     times = kinds.add_parser("timeline", help="x vanilla of each group over its commits")
-    for part in (rows, sweep, memory, ceiling, times):
+    for part in (rows, sweep, memory, assisted, ceiling, times):
         part.add_argument("-o", "--output", type=Path, required=True, help="a .png or .svg file")
 
 
 def _drawn(given) -> Path:
+    if given.kind == "assisted":
+        return plot_assisted.assisted(task_file.read(given.file), given.output)
     if given.kind in ("sweep", "memory"):
         if not given.file.exists():
             raise FileNotFoundError(f"there is no file {given.file}")

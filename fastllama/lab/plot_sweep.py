@@ -27,7 +27,8 @@ def _title(found: Swept) -> str:
     point, varying = found.points[-1], {found.axis, found.series}
     words = [" ".join(point[name] for name in ("model", "dtype") if name not in varying)]
     words += [text.format(point[name]) for name, text in _SIZES.items() if name not in varying]
-    chosen = [name for name, each in OPTIONS.items() if each.place in ("switch", "sampler") and name not in varying]
+    places = ("switch", "sampler", "assistance")
+    chosen = [name for name, each in OPTIONS.items() if each.place in places and name not in varying]
     kept = {name: option.stored(point, name) for name in chosen}
     words += [f"{name}={option.words(kept[name])}" for name in chosen if kept[name] != OPTIONS[name].default]
     lines = [", ".join(word for word in words if word), figures.machine_name(point)]

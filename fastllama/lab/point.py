@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 import fastllama
+from fastllama.lab.assistance import Assistance
 from fastllama.lab.workload import Workload
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -19,7 +20,8 @@ class Point:
     switches: the `FastConfig` fields that were given. Without `preallocate` transformers' own model runs, and
     of the switches only `compile` and `prefill_chunk` mean something: any other raises `ValueError`, as does a
     cache_length, or one that is too short for prompt and new tokens. With `static_cache` transformers' model
-    generates from its own StaticCache, which is what reserves cache_length positions then.
+    generates from its own StaticCache, which is what reserves cache_length positions then. With `assistance` ours is
+    timed assisted and unassisted, in turns.
     """
 
     model: str
@@ -30,6 +32,7 @@ class Point:
     switches: dict = field(default_factory=dict)
     cache_length: int | None = None
     static_cache: bool = False
+    assistance: Assistance = field(default_factory=Assistance)
     runs: int = 5
     warmup: int = 2
 
@@ -49,6 +52,7 @@ class Point:
                 f"a cache of {self.cache_length} positions is too short for a prompt of "
                 f"{self.workload.prompt_length} and {self.workload.new_tokens} new tokens"
             )
+        self.assistance.check(self.preallocate, self.positions, self.workload.prompt_length)
 
     def _require_vanilla(self) -> None:
         """Refuses what transformers' own model cannot do."""
@@ -66,7 +70,8 @@ class Point:
     @classmethod
     def from_dict(cls, values: dict) -> "Point":
         """The point that `asdict` was taken of."""
-        return cls(**{**values, "workload": Workload.from_dict(values["workload"])})
+        held = {"workload": Workload.from_dict(values["workload"]), "assistance": Assistance(**values["assistance"])}
+        return cls(**{**values, **held})
 
     def _config(self):
         known = fastllama.FastConfig.__dataclass_fields__
@@ -117,6 +122,11 @@ class Point:
         return ("vanilla",) if self.compile == "no" else ("compiled", "vanilla")
 
     @property
+    def timed(self) -> tuple[str, ...]:
+        """The contestants, and ours without its assistance where it has one."""
+        return (*self.contestants, *["unassisted"] * self.assistance.active)
+
+    @property
     def positions(self) -> int:
         """Cache positions a row reserves."""
         return self.cache_length or self.workload.total_length
@@ -134,11 +144,13 @@ class Point:
         named |= {"static_cache": True} if self.static_cache else {}
         named |= {field: value for field, value in sorted(self.switches.items()) if field != "compile"}
         named |= self.workload.sampler.given
+        named |= {field: self._assisted()[field] for field in self.assistance.given}
         return ",".join(f"{field}={value}" for field, value in named.items())
 
     def identity(self) -> dict:
         """What names this point in its record; transformers' own model has none of our switches."""
         config = asdict(self.config) if self.preallocate else self._of_vanilla(self.prefill_chunk, True)
+        assisted = {"assisted": self._assisted()} if self.assistance.active else {}
         return {
             "model": self.model_name,
             "dtype": self.dtype,
@@ -150,7 +162,13 @@ class Point:
             "seed": self.workload.seed,
             "sampler": self.workload.sampler.arguments,
             "switches": {"preallocate": self.preallocate, **config, "compile": self.compile},
+            **assisted,
         }
+
+    def _assisted(self) -> dict:
+        """The options of the assistance, no path among them."""
+        draft = self.assistance.draft
+        return {**asdict(self.assistance), "draft": None if draft is None else _name(draft)}
 
     def switch_defaults(self) -> dict:
         """The default of each switch that `identity` names."""
@@ -183,6 +201,8 @@ class Point:
             words += [_flag(name), str(value)] if value is not None else []
         for name, value in self.workload.sampler.given.items():
             words += [_flag(name)] if value is True else [_flag(name), str(value)]
+        for name in self.assistance.given:
+            words += [_flag(name), str(self._assisted()[name])]
         if self.workload.prompt_file is not None:
             words += ["--prompt-file", Path(self.workload.prompt_file).name]
         return shlex.join(words)

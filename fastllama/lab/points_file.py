@@ -8,7 +8,7 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastllama.lab import schema
+from fastllama.lab import assisted, schema
 from fastllama.lab.sampler import Sampler
 
 try:
@@ -71,6 +71,13 @@ def _check_unmeasured(entry: dict, where: str) -> None:
     for name in ("switches", "sampler", "environment"):
         if not isinstance(entry.get(name), dict):
             refuse(name, "an object")
+    if "assisted" in entry:
+        if not isinstance(entry["assisted"], dict):
+            refuse("assisted", "an object")
+        try:
+            assisted.check_options(entry["assisted"])
+        except ValueError as fault:
+            raise ValueError(f"{where}: {fault}") from None
     for name in _FIGURES.get(entry["status"], ()):
         value = entry.get(name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e15:

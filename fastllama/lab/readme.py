@@ -4,7 +4,17 @@ import re
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-from fastllama.lab import figures, lossy, memory_table, points_file, score_file, score_table, suite_file, words
+from fastllama.lab import (
+    assisted_table,
+    figures,
+    lossy,
+    memory_table,
+    points_file,
+    score_file,
+    score_table,
+    suite_file,
+    words,
+)
 from fastllama.lab.changes import cell, gain, number, own_rows, speed, table, times_vanilla
 from fastllama.lab.sources import ROOT
 
@@ -128,7 +138,7 @@ def result(records: list[dict], root: Path = ROOT) -> str:
     """A table per machine: of each model and dtype the newest commit's row that has vanilla beside it."""
     newest = {}
     for record in own_rows(records):
-        if record["baseline"] is not None and record["switches"]["preallocate"]:
+        if record["baseline"] is not None and record["switches"]["preallocate"] and "assisted" not in record:
             key = (record["model"], record["dtype"])
             newest.setdefault(figures.machine_name(record), {})[key] = record
     if not newest:
@@ -225,6 +235,7 @@ BLOCKS = {
     "lossy": lossy.table,
     "quality": quality,
     "memory": memory,
+    "assisted": assisted_table.table,
 }
 
 

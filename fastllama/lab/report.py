@@ -21,7 +21,7 @@ def _row(record: dict, before: dict | None) -> list[str]:
         record["id"].split("-")[0],
         record["commit"][:7],
         record["what"],
-        record["switches"]["compile"],
+        changes.how(record),
         changes.speed(record["tok_per_s"]),
         changes.speed(record["decode_tok_per_s"], figures.spread(record)),
         changes.times_vanilla(record),

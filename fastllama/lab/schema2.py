@@ -2,7 +2,7 @@
 
 from statistics import median
 
-from fastllama.lab import digest, schema1, score
+from fastllama.lab import assisted, digest, schema1, score
 from fastllama.lab.fields import (
     agree,
     check,
@@ -54,7 +54,7 @@ _POINT = {
     **_MEASURED,
     "compile_s": number,
     "reference_hash": hash8,
-    "parity": word(*PARITIES, "lossy"),
+    "parity": word(*PARITIES, "lossy", "drawn"),
     "first_divergence": or_null(object_),
     "recompiles_after_warmup": small_count,
     "baseline": or_null(object_),
@@ -105,8 +105,9 @@ DIVERGENCE = {"row": small_count, "position": small_count, "margin": or_null(num
 # Those of which any value but null makes a point lossy: its ids are called equal to no others.
 LOSSY_SWITCHES = ("weights", "cache_k", "cache_v")
 # A point without a sampler took the likeliest token. A lossy one has a score, or the reason why there is none.
-# predicted_mb: 10^6 bytes, before anything was loaded.
+# predicted_mb: 10^6 bytes, before anything was loaded. assisted: lab/assisted.py says more.
 _OPTIONAL = {"sampler": object_, "score": or_null(object_), "not_scored": or_null(name), "predicted_mb": number}
+_OPTIONAL["assisted"] = object_
 
 
 def _no_path(value) -> bool:
@@ -134,6 +135,12 @@ def check_environment(point: dict) -> None:
         check(both, {"value": scalar, "default": scalar}, f"environment.flags.{flag_name}.", closed=True)
 
 
+def _check_divergence(point: dict, divergence: dict, prefix: str = "first_divergence.") -> None:
+    check(divergence, DIVERGENCE, prefix, closed=True)
+    if divergence["row"] >= point["batch_size"] or divergence["position"] >= point["new_tokens"]:
+        raise ValueError(f"field {prefix[:-1]} names a token that was not generated")
+
+
 def _check_parity(point: dict) -> None:
     schema1.check_parity(point)
     parity, divergence, baseline = point["parity"], point["first_divergence"], point["baseline"]
@@ -143,9 +150,7 @@ def _check_parity(point: dict) -> None:
     if (divergence is None) != same:
         raise ValueError(f"parity is {parity} but first_divergence is {show(divergence)}")
     if divergence is not None:
-        check(divergence, DIVERGENCE, "first_divergence.", closed=True)
-        if divergence["row"] >= point["batch_size"] or divergence["position"] >= point["new_tokens"]:
-            raise ValueError("field first_divergence names a token that was not generated")
+        _check_divergence(point, divergence)
     if baseline is not None and parity == "reference":
         raise ValueError("parity is reference but there is a baseline to compare with")
     if baseline is not None and baseline["hash"] != point["reference_hash"]:
@@ -191,6 +196,10 @@ def check_point(point: dict, also: dict | None = None) -> None:
     _check_sizes(point)
     _check_parity(point)
     _check_score(point)
+    if "assisted" in point:
+        assisted.check_point(point, schema1.check_runs, _check_divergence, _EXACT)
+    if point["parity"] == "drawn" and not ("assisted" in point and sampler.get("do_sample")):
+        raise ValueError("parity is drawn but nothing was drawn with assistance")
     schema1.check_derived(point, _EXACT)
     agree("ceiling_gb_per_s", point["ceiling_gb_per_s"], median(point["ceiling_runs_gb_per_s"]), *_EXACT)
     row = point["row_tok_per_s"]

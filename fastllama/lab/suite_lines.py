@@ -4,7 +4,7 @@ Ours is always preallocated, with the native step on a CPU and compiled static o
 vanilla is transformers' own class, eager, in turns with ours.
 """
 
-from fastllama.lab import beside, rounds, small_rounds, start
+from fastllama.lab import assisted_lines, beside, rounds, small_rounds, start
 from fastllama.lab.line import Bound, Case, Line
 
 
@@ -177,6 +177,7 @@ CPU = (
         small_rounds.kept_quality,
         Case("demo", "fp32"),
     ),
+    *assisted_lines.CPU,
 )
 
 GPU = (

@@ -139,8 +139,7 @@ def _one(each: Planned, setting: Setting, begin: Callable[[str], None], alone: b
         # Whatever ends one point must not end those after it.
         if alone:
             raise
-        # A folder's path is this machine's business, as in Point.
-        entry = _unmeasured(point, setting, "failed", _reason(fault).replace(point.model, point.model_name))
+        entry = _unmeasured(point, setting, "failed", _without_paths(_reason(fault), point))
     measure.release(point, [])  # what the failure's frames held is free only now
     return entry
 
@@ -148,6 +147,13 @@ def _one(each: Planned, setting: Setting, begin: Callable[[str], None], alone: b
 def _reason(fault: Exception) -> str:
     known = isinstance(fault, (ValueError, OSError, MemoryError))
     return sentence(fault) if known else f"{type(fault).__name__}: {sentence(fault)}"
+
+
+def _without_paths(reason: str, point: Point) -> str:
+    """A folder's path is this machine's business, as in Point."""
+    reason = reason.replace(point.model, point.model_name)
+    draft = point.assistance.draft
+    return reason if draft is None else reason.replace(draft, point.identity()["assisted"]["draft"])
 
 
 def _unmeasured(point: Point, setting: Setting, status: str, reason: str, **more) -> dict:

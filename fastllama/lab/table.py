@@ -4,8 +4,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from fastllama.lab import score
-from fastllama.lab.figures import spread, subject_name, workload_name
+from fastllama.lab import assisted, score
+from fastllama.lab.figures import assistance, spread, subject_name, workload_name
 from fastllama.lab.workload import Workload, row_lengths
 
 PARITY_STYLES = {
@@ -14,6 +14,7 @@ PARITY_STYLES = {
     "tie": "yellow",
     "half": "yellow",
     "lossy": "magenta",
+    "drawn": "yellow",
     "differs": "bold red",
 }
 
@@ -51,6 +52,22 @@ def _row(point: dict, baseline: bool) -> list:
     ]
 
 
+def _unassisted_row(point: dict) -> list:
+    """The same model without its assistance; what it was measured as in memory is not its own."""
+    plain, against = point["assisted"]["unassisted"], point["baseline"]
+    alone = {**point, **plain}
+    speedup = f"{plain['tok_per_s'] / against['tok_per_s']:.2f}x"
+    decode = plain["decode_tok_per_s"], against["decode_tok_per_s"]
+    return [
+        "unassisted" + ("\n  min\n  max" if len(plain["runs"]) > 1 else ""),
+        *(_cell(alone, name, False) for name in ("tok_per_s", "decode_tok_per_s", "ttft_ms")),
+        "-",
+        plain["hash"],
+        "-",
+        f"{speedup}\n({decode[0] / decode[1]:.2f}x)" if all(decode) else speedup,
+    ]
+
+
 def _prefill_tok_per_s(point: dict, source: dict) -> float:
     """Prompt tokens of all rows over the time to the first new token, which choosing it is part of."""
     work = Workload(point["batch_size"], point["prompt_length"], point["new_tokens"], point["seed"])
@@ -64,6 +81,11 @@ def _seconds(value: float | None) -> str:
 def _notes(point: dict, is_random: bool) -> list:
     baseline = point["baseline"]
     lines = [] if baseline is None else [f"vanilla's path: {baseline['path']}"]
+    if "assisted" in point:
+        lines.append(f"assisted, {assistance(point)}: {assisted.told(point)}")
+        lines.append(
+            f"beside unassisted: {point['assisted']['parity']}; unassisted: {point['assisted']['unassisted']['path']}"
+        )
     lines.append(f"{'path' if baseline is None else 'path measured'}: {point['path']}")
     lines.append(
         f"prefill {number(_prefill_tok_per_s(point, point))} tok/s"
@@ -115,6 +137,8 @@ def point_table(point: dict, is_random: bool) -> Group:
         table.add_column(name, justify=justify, no_wrap=True)
     if point["baseline"] is not None:
         table.add_row(*_row(point, baseline=True))
+    if "assisted" in point:
+        table.add_row(*_unassisted_row(point))
     table.add_row(*_row(point, baseline=False))
     # Not as markup: a path may hold brackets.
     return Group(table, *(line if isinstance(line, Text) else Text(line) for line in _notes(point, is_random)))

@@ -1,0 +1,126 @@
+"""Assistance: who drafts tokens for the target to verify, and how many at a time."""
+
+from dataclasses import dataclass, field, fields
+
+from fastllama.model.config import FastConfig
+
+SCHEDULES = ("constant", "heuristic", "adaptive")
+DRAFT_TOKENS = 6  # where nobody says, as the seed had it
+_WEIGHTS = FastConfig.__dataclass_fields__["weights"].metadata["allowed"]
+
+
+def _option(default, help: str, allowed: str):
+    return field(default=default, metadata={"help": help, "allowed": allowed})
+
+
+@dataclass(frozen=True)
+class Assistance:
+    """How generation is assisted; nothing given is no assistance. `ValueError` on a value that is not allowed.
+
+    A draft model, or with draft_weights alone the target's own weights in fewer bits, or n-grams of the context.
+    """
+
+    draft: str | None = _option(
+        None, "a smaller model drafts: demo-draft, a folder, a hub name", "None or a model's name"
+    )
+    prompt_lookup: int | None = _option(
+        None, "up to so many tokens are drafted from where the context has the last ones", "None or an integer >= 1"
+    )
+    draft_tokens: int | None = _option(
+        None, f"tokens that are drafted at a time, at first if they adapt ({DRAFT_TOKENS})", "None or an integer >= 1"
+    )
+    draft_schedule: str = _option(
+        "adaptive", "how the number of drafted tokens follows what is accepted", ", ".join(SCHEDULES)
+    )
+    draft_weights: str | None = _option(None, "hold the draft's weights in fewer bits", _WEIGHTS)
+
+    def __post_init__(self):
+        for name in ("prompt_lookup", "draft_tokens"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                self._refuse(name)
+        if self.draft is not None and not (isinstance(self.draft, str) and self.draft.strip()):
+            self._refuse("draft")
+        if self.draft_schedule not in SCHEDULES:
+            self._refuse("draft_schedule")
+        try:
+            FastConfig(weights=self.draft_weights)
+        except ValueError:
+            self._refuse("draft_weights")
+
+    def _refuse(self, name: str) -> None:
+        allowed = self.__dataclass_fields__[name].metadata["allowed"]
+        raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; allowed: {allowed}")
+
+    @property
+    def active(self) -> bool:
+        """Whether anything drafts."""
+        return self.drafts or self.prompt_lookup is not None
+
+    @property
+    def drafts(self) -> bool:
+        """Whether a model drafts."""
+        return self.draft is not None or self.draft_weights is not None
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are drafted at a time, at first."""
+        return self.prompt_lookup or self.draft_tokens or DRAFT_TOKENS
+
+    @property
+    def given(self) -> dict:
+        """The options that are not at their default."""
+        return {part.name: value for part in fields(self) if (value := getattr(self, part.name)) != part.default}
+
+    def draft_model(self, target: str) -> str | None:
+        """The model that drafts; the target's own where only its weights are others."""
+        return (self.draft or target) if self.drafts else None
+
+    def check(self, preallocates: bool, positions: int, prompt_length: int) -> None:
+        """`ValueError` where options do not go together, or do not fit a row's cache positions behind its prompt."""
+        if not self.active:
+            named = [name for name in ("draft_tokens", "draft_schedule") if name in self.given]
+            if named:
+                raise ValueError(f"{_flag(named[0])} needs --draft, --draft-weights or --prompt-lookup")
+            return
+        if self.drafts and self.prompt_lookup is not None:
+            raise ValueError("--draft and --prompt-lookup are two ways to draft: leave one of them out")
+        if self.prompt_lookup is not None and self.draft_tokens is not None:
+            raise ValueError("--draft-tokens says how many a model drafts: --prompt-lookup N says it for the lookup")
+        if not preallocates:
+            raise ValueError(f"{_flag(next(iter(self.given)))} needs --preallocate: ours is what is assisted here")
+        name = "prompt_lookup" if self.prompt_lookup is not None else "draft_tokens"
+        if name not in self.given:
+            return  # the usual number shrinks to what fits
+        if self.tokens >= positions:
+            raise ValueError(
+                f"{_flag(name)} {self.tokens} is a draft longer than the target's cache of {positions} positions"
+            )
+        if self.tokens >= positions - prompt_length:
+            raise ValueError(
+                f"{_flag(name)} {self.tokens} does not fit: a cache of {positions} positions with a prompt of "
+                f"{prompt_length} has room to verify {positions - prompt_length - 1}"
+            )
+
+    def __str__(self) -> str:
+        if not self.active:
+            return "unassisted"
+        if self.prompt_lookup is not None:
+            head = f"prompt lookup {self.prompt_lookup}"
+        else:
+            head = f"draft {self.draft or 'of the same model'}"
+            head += f" in {self.draft_weights}" if self.draft_weights is not None else ""
+            head += f" K {self.tokens}"
+        return f"{head} {self.draft_schedule}"
+
+
+NAMES = tuple(part.name for part in fields(Assistance))
+
+
+def of_stored(kept: dict) -> Assistance:
+    """The assistance of a stored point, or of a line of a task. `ValueError` or `TypeError` where it is none."""
+    return Assistance(**{name: value for name, value in (kept.get("assisted") or {}).items() if name in NAMES})
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,100 @@
+"""The draft beside a target: whether its tokens are the target's, and the model, reserved like the target."""
+
+from dataclasses import replace
+
+import torch
+
+import fastllama
+from fastllama.demo.tokenizer import RESERVED_ID
+from fastllama.lab import checkpoint, vanilla
+from fastllama.lab.checkpoint import Checkpoint
+from fastllama.lab.fault import explained
+from fastllama.lab.point import Point
+from fastllama.model.config import FastConfig
+
+
+def find(point: Point) -> Checkpoint | None:
+    """The draft's checkpoint, None where no model drafts. Raises as `checkpoint.find` does."""
+    name = point.assistance.draft_model(point.model)
+    return None if name is None else checkpoint.find(name, point.torch_dtype)
+
+
+def require_match(point: Point, tokenizer) -> None:
+    """Raises `ValueError` where a token of the draft would be another one of the target."""
+    found = find(point)
+    if found is None or point.assistance.draft is None:
+        return
+    ours, theirs = tokenizer.get_vocab(), checkpoint.tokenizer(found).get_vocab()
+    if ours == theirs:
+        _require_rows(point, found)
+        return
+    apart = sum(theirs.get(token) != place for token, place in ours.items())
+    raise ValueError(
+        f"the vocabularies of {point.model_name} and of the draft {point.identity()['assisted']['draft']} do not match "
+        f"({len(ours)} and {len(theirs)} tokens, {apart} of the first are others in the second): the draft needs the "
+        f"target's tokenizer"
+    )
+
+
+def _require_rows(point: Point, found: Checkpoint) -> None:
+    """Rows that stand for no token may differ, if those of the draft are floats, to which more can be added."""
+    rows, wanted = found.config.vocab_size, _rows(point)
+    if rows > wanted or (rows < wanted and point.assistance.draft_weights is not None):
+        raise ValueError(
+            f"the vocabularies do not match: the draft has {rows} rows and the target {wanted}, and only a draft with "
+            f"fewer rows and without --draft-weights can be given more"
+        )
+
+
+def _rows(point: Point) -> int:
+    return checkpoint.outline(point.model, point.torch_dtype).config.vocab_size
+
+
+def widen(draft, rows: int) -> None:
+    """Give the draft as many vocabulary rows as the target has, which transformers asks of a pair.
+
+    A new row is that of a token which is not predicted: the demo's reserved one, which pads nothing and ends nothing.
+    """
+    known = draft.config.vocab_size
+    if known >= rows:
+        return
+    draft.resize_token_embeddings(rows, mean_resizing=False)
+    with torch.no_grad():
+        for module in (draft.get_input_embeddings(), draft.get_output_embeddings()):
+            module.weight[known:] = module.weight[RESERVED_ID]
+
+
+def config(point: Point) -> FastConfig:
+    """How the draft is reserved: as the target, but with its own weights' bits, and with floats in its cache."""
+    bits = point.assistance.draft_weights
+    products = point.config.products if bits is None else "auto"
+    return replace(point.config, weights=bits, products=products, cache_k=None, cache_v=None)
+
+
+def load(point: Point, pad: int) -> fastllama.LlamaForCausalLM | None:
+    """The draft, loaded and preallocated for the point's rows and positions; None where no model drafts."""
+    found = find(point)
+    if found is None:
+        return None
+    how = config(point)
+    fast = {} if how.weights is None else {"fast": how}
+    device = torch.device(point.device)
+    draft, _ = checkpoint.load(found, fastllama.LlamaForCausalLM, point.torch_dtype, device, **fast)
+    widen(draft, _rows(point))
+    vanilla.plain_greedy(draft, pad)
+    draft.generation_config.num_assistant_tokens = point.assistance.tokens
+    draft.generation_config.num_assistant_tokens_schedule = point.assistance.draft_schedule
+    rows = point.workload.batch_size
+    with explained(f"the draft {found.name}, batch {rows}, cache of {point.positions}"):
+        draft.preallocate(batch_size=rows, cache_length=point.positions, config=how)
+    return draft
+
+
+def arguments(point: Point, target, draft) -> dict:
+    """What `generate` of the target is given to be assisted."""
+    if draft is not None:
+        return {"assistant_model": draft}
+    if point.assistance.prompt_lookup is None:
+        return {}
+    target.generation_config.num_assistant_tokens_schedule = point.assistance.draft_schedule
+    return {"prompt_lookup_num_tokens": point.assistance.prompt_lookup}

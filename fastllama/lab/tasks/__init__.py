@@ -1,0 +1,1 @@
+"""Tasks: fixed sets of prompts, each measured as one table with a row per example."""

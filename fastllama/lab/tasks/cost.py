@@ -1,0 +1,95 @@
+"""What steps cost, measured by themselves, and the gain that costs and acceptance foretell.
+
+K drafted tokens of a round
+"""
+
+from statistics import median
+
+from fastllama.lab.fields import check, number, object_
+from fastllama.lab.rounds import Lane
+from fastllama.lab.workload import Prompt
+
+_SIZES = (2, 3, 4, 5, 7, 9, 13, 16)  # tokens of a verification
+_ROUNDS, _STEPS = 3, 6
+FIELDS = {"step_s": number, "draft_step_s": number, "verify_s": object_}
+
+
+def measure(target, draft, prompt: Prompt, cache_length: int) -> dict:
+    """Seconds of a step of the target with one and with several tokens, and of the draft (0 where none drafts).
+
+    Medians of turns behind `prompt`, one row. verify_s: by the number of tokens, as a word.
+    """
+    room = cache_length - prompt.input_ids.shape[1]
+    lanes = {size: Lane(f"verify_{size}", target, prompt, cache_length, size) for size in (1, *_SIZES)}
+    lanes = {size: lane for size, lane in lanes.items() if room // size > 1 and size <= prompt.input_ids.shape[1]}
+    if draft is not None:
+        lanes["draft"] = Lane("draft", draft, prompt, cache_length)
+    taken = {name: [] for name in lanes}
+    for _ in range(_ROUNDS):
+        for name, lane in lanes.items():
+            lane.used = None  # lanes of one model begin anew
+            taken[name].append(lane.seconds(_STEPS))
+    seconds = {name: median(values) for name, values in taken.items()}
+    drafting = seconds.pop("draft", 0.0)
+    return {
+        "step_s": seconds[1],
+        "draft_step_s": drafting,
+        "verify_s": {str(size): value for size, value in seconds.items()},
+    }
+
+
+def check_costs(costs: dict) -> None:
+    """ValueError, naming the field, if the object is not what `measure` gives."""
+    check(costs, FIELDS, "costs.", closed=True)
+    check(costs["verify_s"], dict.fromkeys(costs["verify_s"], number), "costs.verify_s.")
+    if "1" not in costs["verify_s"] or not all(word.isdecimal() for word in costs["verify_s"]):
+        raise ValueError("field costs.verify_s must hold seconds by numbers of tokens, 1 among them")
+
+
+def verify_s(costs: dict, tokens: float) -> float:
+    """Seconds of a pass of so many tokens, on the lines between those measured, and on the last line beyond."""
+    known = sorted((int(size), value) for size, value in costs["verify_s"].items())
+    if len(known) == 1:
+        return known[0][1]
+    index = next((place for place, (size, _) in enumerate(known[1:]) if tokens <= size), len(known) - 2)
+    (low, first), (high, second) = known[index], known[index + 1]
+    return first + (second - first) * (tokens - low) / (high - low)
+
+
+def seconds(
+    costs: dict, drafted: float, acceptance: float, new_tokens: int, prefill: tuple[float, float]
+) -> tuple[float, float]:
+    """(unassisted, assisted) seconds of a call whose rounds draft K tokens, of which this share is accepted.
+
+    A round gives 1 + K x acceptance tokens, and takes K steps of the draft and one pass of K + 1 tokens. prefill:
+    seconds to the first token, unassisted and assisted. new_tokens: N of a row.
+    """
+    rounds = (new_tokens - 1) / (1 + drafted * acceptance)
+    round_s = drafted * costs["draft_step_s"] + verify_s(costs, 1 + drafted)
+    return prefill[0] + (new_tokens - 1) * costs["step_s"], prefill[1] + rounds * round_s
+
+
+def drafted_a_round(reports: list[dict]) -> float:
+    """The mean K of the rounds after the prefill, those without a draft among them."""
+    rounds = sum(report["target_forwards"] - 1 for report in reports)
+    return sum(report["draft_tokens"] for report in reports) / rounds if rounds > 0 else 0.0
+
+
+def prefills(line: dict) -> tuple[float, float]:
+    """Seconds to the first token of an assisted line, unassisted and assisted."""
+    return median(run["first_s"] for run in line["assisted"]["unassisted"]["runs"]), line["assisted"]["prefill_s"]
+
+
+def predicted_seconds(line: dict) -> tuple[float, float] | None:
+    """(unassisted, assisted) as foretold for a measured line; None where it was not assisted."""
+    found, costs = line["assisted"], line["costs"]
+    if found is None or costs is None:
+        return None
+    drafted, share = drafted_a_round(found["reports"]), found["acceptance"] or 0.0
+    return seconds(costs, drafted, share, line["new_tokens"], prefills(line))
+
+
+def predicted(line: dict) -> float | None:
+    """The gain foretold for a measured line; None where it was not assisted."""
+    both = predicted_seconds(line)
+    return None if both is None or not both[1] else both[0] / both[1]
