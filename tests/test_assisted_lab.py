@@ -276,14 +276,17 @@ def test_a_draft_with_fewer_vocabulary_rows_is_given_more():
         model.free()
 
 
-def test_rows_that_cannot_be_added_are_one_sentence(monkeypatch, demo_tokenizer):
-    monkeypatch.setattr(drafting, "_rows", lambda point: 5000)
-    drafting.require_match(a_point(), demo_tokenizer)
-    with pytest.raises(ValueError, match="the draft has 4096 rows and the target 5000"):
-        drafting.require_match(a_point(assistance=Assistance(draft="demo-draft", draft_weights="int8")), demo_tokenizer)
-    monkeypatch.setattr(drafting, "_rows", lambda point: 4000)
-    with pytest.raises(ValueError, match="the draft has 4096 rows and the target 4000"):
-        drafting.require_match(a_point(), demo_tokenizer)
+def test_a_draft_with_other_vocabulary_rows_comes_with_the_tokenizers():
+    draft = drafting.load(a_point(), pad=2)
+    assert drafting.arguments(a_point(), draft, draft) == {"assistant_model": draft}
+    wide = drafting.load(a_point(), pad=2)
+    drafting.widen(wide, 5000)
+    found = drafting.arguments(a_point(), wide, draft)
+    assert found["assistant_model"] is draft and found["tokenizer"].get_vocab() == found["assistant_tokenizer"].get_vocab()
+    # The same objects each time: comparing their vocabularies takes long.
+    assert drafting.arguments(a_point(), wide, draft)["tokenizer"] is found["tokenizer"]
+    for model in (draft, wide):
+        model.free()
 
 
 def test_words_of_a_sentence():

@@ -1,5 +1,6 @@
 """The draft beside a target: whether its tokens are the target's, and the model, reserved like the target."""
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -25,8 +26,7 @@ def require_match(point: Point, tokenizer) -> None:
     if found is None or point.assistance.draft is None:
         return
     ours, theirs = tokenizer.get_vocab(), checkpoint.tokenizer(found).get_vocab()
-    if ours == theirs:
-        _require_rows(point, found)
+    if ours == theirs:  # rows that stand for no token may differ
         return
     apart = sum(theirs.get(token) != place for token, place in ours.items())
     raise ValueError(
@@ -34,20 +34,6 @@ def require_match(point: Point, tokenizer) -> None:
         f"({len(ours)} and {len(theirs)} tokens, {apart} of the first are others in the second): the draft needs the "
         f"target's tokenizer"
     )
-
-
-def _require_rows(point: Point, found: Checkpoint) -> None:
-    """Rows that stand for no token may differ, if those of the draft are floats, to which more can be added."""
-    rows, wanted = found.config.vocab_size, _rows(point)
-    if rows > wanted or (rows < wanted and point.assistance.draft_weights is not None):
-        raise ValueError(
-            f"the vocabularies do not match: the draft has {rows} rows and the target {wanted}, and only a draft with "
-            f"fewer rows and without --draft-weights can be given more"
-        )
-
-
-def _rows(point: Point) -> int:
-    return checkpoint.outline(point.model, point.torch_dtype).config.vocab_size
 
 
 def widen(draft, rows: int) -> None:
@@ -80,7 +66,6 @@ def load(point: Point, pad: int) -> fastllama.LlamaForCausalLM | None:
     fast = {} if how.weights is None else {"fast": how}
     device = torch.device(point.device)
     draft, _ = checkpoint.load(found, fastllama.LlamaForCausalLM, point.torch_dtype, device, **fast)
-    widen(draft, _rows(point))
     vanilla.plain_greedy(draft, pad)
     draft.generation_config.num_assistant_tokens = point.assistance.tokens
     draft.generation_config.num_assistant_tokens_schedule = point.assistance.draft_schedule
@@ -93,8 +78,20 @@ def load(point: Point, pad: int) -> fastllama.LlamaForCausalLM | None:
 def arguments(point: Point, target, draft) -> dict:
     """What `generate` of the target is given to be assisted."""
     if draft is not None:
-        return {"assistant_model": draft}
+        same = draft.config.vocab_size == target.config.vocab_size
+        return {"assistant_model": draft} if same else {"assistant_model": draft, **_tokenizers(point)}
     if point.assistance.prompt_lookup is None:
         return {}
     target.generation_config.num_assistant_tokens_schedule = point.assistance.draft_schedule
     return {"prompt_lookup_num_tokens": point.assistance.prompt_lookup}
+
+
+def _tokenizers(point: Point) -> dict:
+    """What transformers asks for beside a draft with another number of vocabulary rows."""
+    return _loaded_tokenizers(point.model, point.assistance.draft_model(point.model), point.torch_dtype)
+
+
+@functools.cache
+def _loaded_tokenizers(model: str, draft: str, dtype: torch.dtype) -> dict:
+    ours, theirs = (checkpoint.tokenizer(checkpoint.find(name, dtype)) for name in (model, draft))
+    return {"tokenizer": ours, "assistant_tokenizer": theirs}
