@@ -282,7 +282,8 @@ def test_a_draft_with_other_vocabulary_rows_comes_with_the_tokenizers():
     wide = drafting.load(a_point(), pad=2)
     drafting.widen(wide, 5000)
     found = drafting.arguments(a_point(), wide, draft)
-    assert found["assistant_model"] is draft and found["tokenizer"].get_vocab() == found["assistant_tokenizer"].get_vocab()
+    assert found["assistant_model"] is draft
+    assert found["tokenizer"].get_vocab() == found["assistant_tokenizer"].get_vocab()
     # The same objects each time: comparing their vocabularies takes long.
     assert drafting.arguments(a_point(), wide, draft)["tokenizer"] is found["tokenizer"]
     for model in (draft, wide):
