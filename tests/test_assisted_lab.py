@@ -276,14 +276,14 @@ def test_a_draft_with_fewer_vocabulary_rows_is_given_more():
         model.free()
 
 
-def test_rows_that_cannot_be_added_are_one_sentence(monkeypatch, demo_tokenizer):
-    monkeypatch.setattr(drafting, "_rows", lambda point: 5000)
-    drafting.require_match(a_point(), demo_tokenizer)
-    with pytest.raises(ValueError, match="the draft has 4096 rows and the target 5000"):
-        drafting.require_match(a_point(assistance=Assistance(draft="demo-draft", draft_weights="int8")), demo_tokenizer)
-    monkeypatch.setattr(drafting, "_rows", lambda point: 4000)
-    with pytest.raises(ValueError, match="the draft has 4096 rows and the target 4000"):
-        drafting.require_match(a_point(), demo_tokenizer)
+def test_where_rows_differ_the_tokenizers_go_along():
+    from types import SimpleNamespace
+
+    draft, target = (SimpleNamespace(config=SimpleNamespace(vocab_size=size)) for size in (4096, 5000))
+    found = drafting.arguments(a_point(), target, draft)
+    assert found.keys() == {"assistant_model", "tokenizer", "assistant_tokenizer"}
+    assert found["tokenizer"].get_vocab() == found["assistant_tokenizer"].get_vocab()
+    assert drafting.arguments(a_point(), draft, draft).keys() == {"assistant_model"}
 
 
 def test_words_of_a_sentence():

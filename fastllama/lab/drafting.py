@@ -26,7 +26,6 @@ def require_match(point: Point, tokenizer) -> None:
         return
     ours, theirs = tokenizer.get_vocab(), checkpoint.tokenizer(found).get_vocab()
     if ours == theirs:
-        _require_rows(point, found)
         return
     apart = sum(theirs.get(token) != place for token, place in ours.items())
     raise ValueError(
@@ -34,20 +33,6 @@ def require_match(point: Point, tokenizer) -> None:
         f"({len(ours)} and {len(theirs)} tokens, {apart} of the first are others in the second): the draft needs the "
         f"target's tokenizer"
     )
-
-
-def _require_rows(point: Point, found: Checkpoint) -> None:
-    """Rows that stand for no token may differ, if those of the draft are floats, to which more can be added."""
-    rows, wanted = found.config.vocab_size, _rows(point)
-    if rows > wanted or (rows < wanted and point.assistance.draft_weights is not None):
-        raise ValueError(
-            f"the vocabularies do not match: the draft has {rows} rows and the target {wanted}, and only a draft with "
-            f"fewer rows and without --draft-weights can be given more"
-        )
-
-
-def _rows(point: Point) -> int:
-    return checkpoint.outline(point.model, point.torch_dtype).config.vocab_size
 
 
 def widen(draft, rows: int) -> None:
@@ -80,7 +65,6 @@ def load(point: Point, pad: int) -> fastllama.LlamaForCausalLM | None:
     fast = {} if how.weights is None else {"fast": how}
     device = torch.device(point.device)
     draft, _ = checkpoint.load(found, fastllama.LlamaForCausalLM, point.torch_dtype, device, **fast)
-    widen(draft, _rows(point))
     vanilla.plain_greedy(draft, pad)
     draft.generation_config.num_assistant_tokens = point.assistance.tokens
     draft.generation_config.num_assistant_tokens_schedule = point.assistance.draft_schedule
@@ -91,7 +75,10 @@ def load(point: Point, pad: int) -> fastllama.LlamaForCausalLM | None:
 
 
 def arguments(point: Point, target, draft) -> dict:
-    """What `generate` of the target is given to be assisted."""
+    """What `generate` of the target is given; where vocabulary rows differ, the two equal tokenizers as well."""
+    if draft is not None and draft.config.vocab_size != target.config.vocab_size:
+        own = checkpoint.tokenizer(checkpoint.find(point.model, point.torch_dtype))
+        return {"assistant_model": draft, "tokenizer": own, "assistant_tokenizer": checkpoint.tokenizer(find(point))}
     if draft is not None:
         return {"assistant_model": draft}
     if point.assistance.prompt_lookup is None:
