@@ -143,7 +143,8 @@ def make(word: str) -> plan.Plan:
 
 def test_every_table_of_the_seed_ships():
     assert plan.SHIPPED.keys() == {
-        "memory-table", "memory-table-8b", "cache-size", "weights-table", "batch-table", "first-token",
+        "memory-table", "memory-table-8b", "memory-table-demo", "cache-size", "weights-table", "batch-table",
+        "first-token",
     }  # fmt: skip
 
 

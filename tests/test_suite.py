@@ -161,6 +161,7 @@ def test_context_and_reservation(tiny, light):
     assert figures["context_cost"] == pytest.approx(figures["added_ms"] / figures["expected_ms"])
     assert measured.parity == "exact"
     assert rounds.reservation(case_of(tiny), "cpu").figures.keys() >= {"time_ratio"}
+    assert rounds.rival(case_of(tiny, runs=2), "cpu").figures.keys() == {"time_ratio", "alone_ms", "beside_ms"}
 
 
 def test_first_use_of_starts_that_were_made_up(tiny, monkeypatch):

@@ -4,6 +4,8 @@ Legend: R rows, P prompt tokens, Q tokens of one step
 """
 
 import gc
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -195,4 +197,31 @@ def context(case: Case, device: str) -> Measured:
         "short_ms": 1000 * median(taken["short"]),
         "ceiling_gb_per_s": ceiling.gb_per_s,
     }
+    return Measured(figures, samples={"step_s": taken}, checks=checks)
+
+
+@contextmanager
+def _rival() -> Iterator[None]:
+    """Another process that keeps one processor busy."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def rival(case: Case, device: str) -> Measured:
+    """Time of a step while another process keeps one processor busy, over that without it."""
+    with stable(case, device) as held:
+        lane = held.lane("alone", 1, case.prompt_length, 2 * case.prompt_length)
+        taken = {"alone": [], "beside": []}
+        lane.seconds(2)
+        for _ in range(case.runs):
+            taken["alone"].append(lane.seconds())
+            with _rival():
+                taken["beside"].append(lane.seconds())
+        checks = [held.check(lane)]
+    figures = {"time_ratio": ratio(taken, "beside", "alone")}
+    figures |= {f"{name}_ms": 1000 * median(seconds) for name, seconds in taken.items()}
     return Measured(figures, samples={"step_s": taken}, checks=checks)

@@ -24,6 +24,7 @@ _BATCH = f"decoding rows of different length beside vanilla, and beside ours wit
 _ROWS = "a step of 5 and 16 rows, or of 5 and 16 tokens, over one of 1: {model} {dtype}, {prompt_length} in use"
 _PREFILL = "time to first token beside vanilla: {model} {dtype}, prompt {prompt_length}"
 _RESERVED = "a token with 4096 positions reserved over 256: {model} {dtype}, {prompt_length} in use"
+_RIVAL = "a step beside a process that keeps one processor busy, over a quiet one: {model} {dtype}"
 _CONTEXT = "time that {prompt_length} in use add to a token over 128: {model} {dtype}, over what their bytes cost"
 _START = (
     "compiling (static) in a second process over the first: {model} {dtype}; a new process to its first token over "
@@ -115,6 +116,14 @@ CPU = (
         (_most("time_ratio", 1.03),),
         rounds.reservation,
         Case(_160M, "fp32", runs=12),
+        quick=Case(_160M, "fp32", runs=2),
+    ),
+    Line(
+        "shared-machine",
+        _RIVAL,
+        (_most("time_ratio", 3),),
+        rounds.rival,
+        Case(_160M, "fp32", runs=6),
         quick=Case(_160M, "fp32", runs=2),
     ),
     Line(
