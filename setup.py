@@ -2,7 +2,16 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=8", "hypothesis>=6.100", "gguf>=0.10", "peft>=0.17", "matplotlib>=3.8", "scipy>=1.13", "ruff>=0.9"]
+TEST = [
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "gguf>=0.10",
+    "peft>=0.17",
+    "matplotlib>=3.8",
+    "scipy>=1.13",
+    "ruff>=0.9",
+]
 TEST += ["selenium>=4.51"]
 
 setup(

@@ -7,6 +7,9 @@ import pytest
 
 # Nothing here may wait for a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Several processes share the processors, and threads that spin for one another would hold them from the others.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,9 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -52,7 +54,9 @@ def load() -> str | None:
     library = folder / f"{name}.so"
     try:
         if not library.exists():
-            _build(name, folder, library)
+            with _lock(folder):
+                if not library.exists():  # another process may have built it meanwhile
+                    _build(name, folder, library)
         torch.ops.load_library(str(library))
     except Exception as fault:  # whatever a compiler can do wrong
         words = str(fault).strip().splitlines() or [type(fault).__name__]
@@ -60,6 +64,20 @@ def load() -> str | None:
     torch.library.register_fake("fastllama_native::linear_rows", _rows_shape)
     torch.library.register_fake("fastllama_native::linear_small", _small_shape)
     return None
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """One process at a time; the lock goes with the process that holds it."""
+    import fcntl  # which not every system has
+
+    folder.mkdir(parents=True, exist_ok=True)
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
 
 
 def _rows_shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -73,11 +91,10 @@ def _small_shape(x, quants, scales, bias, bits: int, out_features: int) -> torch
 def _build(name: str, folder: Path, library: Path) -> None:
     from torch.utils import cpp_extension  # a slow import that a machine with a built library does without
 
-    folder.mkdir(parents=True, exist_ok=True)
     compiler = shlex.split(cpp_extension.get_cxx_compiler())
     includes = [f"-isystem{path}" for path in cpp_extension.include_paths()]
     sources = [path for path in _SOURCES if path.suffix == ".cpp"]
-    # In a folder of its own, and renamed when it is whole: another process may be building too.
+    # In a folder of its own, and renamed when it is whole.
     with tempfile.TemporaryDirectory(dir=folder) as unfinished:
         objects = [f"{unfinished}/{path.stem}.o" for path in sources]
 
