@@ -239,7 +239,7 @@ def test_a_twin_differs_in_lossy_switches_alone():
     record = lossy_record(9, speed=80.0)
     assert lossy.float_twin(record, [record, without_bits(1), without_bits(2)])["id"].startswith("002")
     strangers = [
-        without_bits(1, commit=OTHER),
+        without_bits(1, source_sha256="cd" * 32),
         without_bits(1, model="other"),
         without_bits(1, prompt_length=10),
         without_bits(1, cache_length=4096),

@@ -15,7 +15,7 @@ _NONE = (
 
 
 def float_twin(record: dict, records: list[dict]) -> dict | None:
-    """The newest record of the same commit, machine, workload and cache length that differs in lossy switches alone,
+    """The newest record of the same sources, machine, workload and cache length that differs in lossy switches alone,
     of which it has none; None if there is no such record."""
     own = _without(record)
     twins = [other for other in records if not lossy_switches(other) and _without(other) == own]
@@ -25,7 +25,7 @@ def float_twin(record: dict, records: list[dict]) -> dict | None:
 def _without(record: dict) -> tuple:
     """What two records have to share for their lossy switches to be what makes the difference."""
     switches = {name: value for name, value in record["switches"].items() if name not in LOSSY_SWITCHES}
-    same = (record["commit"], figures.machine_name(record), figures.workload(record), record["cache_length"])
+    same = (record["source_sha256"], figures.machine_name(record), figures.workload(record), record["cache_length"])
     return (*same, switches)
 
 
