@@ -36,7 +36,9 @@ print(json.dumps(vars(peak.predict(Point.from_dict(task["point"]), task["name"])
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks of anonymous memory are read from /proc")
 @pytest.mark.parametrize("what", LIVE)
-def test_the_prediction_is_within_its_margin_of_the_measured_peak(what):
+def test_the_prediction_is_within_its_margin_of_the_measured_peak(what, monkeypatch):
+    # With as many threads as a user has: what a heap keeps of passing tensors is less with one.
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     point, name = LIVE[what]
     task = json.dumps({"point": asdict(point), "name": name})
     # As a sweep predicts: in a process that has loaded nothing yet.

@@ -14,6 +14,7 @@ from fastllama import demo
 from fastllama.demo.inflate import InflatedBody
 from fastllama.demo.shapes import SHAPES
 from fastllama.lab import checkpoint, option, plan
+from fastllama.lab.assistance import Assistance
 from fastllama.lab.sampler import Sampler
 from fastllama.lab.workload import Workload
 from tests.fake_records import point
@@ -38,7 +39,8 @@ def test_every_switch_workload_field_and_sampler_option_can_be_swept():
     switches = {part.name for part in fields(fastllama.FastConfig)}
     sizes = {part.name for part in fields(Workload)} - {"sampler"}
     sampler = {part.name for part in fields(Sampler)}
-    assert option.OPTIONS.keys() == switches | sizes | sampler | {
+    assistance = {part.name for part in fields(Assistance)}
+    assert option.OPTIONS.keys() == switches | sizes | sampler | assistance | {
         "model", "dtype", "device", "preallocate", "cache_length", "static_cache",
     }  # fmt: skip
     flags = run_llama._parse([]).__dict__.keys()
