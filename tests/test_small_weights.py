@@ -53,14 +53,22 @@ def check(ours, batch: str, dtype: str) -> float:
     return over
 
 
-@pytest.mark.parametrize("products", ["stock", pytest.param("native", marks=needs_native)])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"products": "stock"},
+        pytest.param({"products": "native"}, marks=needs_native),
+        pytest.param({"compile": "native"}, marks=needs_native),
+    ],
+    ids=["stock", "native", "native step"],
+)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_on_the_whole_halves_are_no_further_from_fp32_than_vanillas(dtype, products, folders):
+def test_on_the_whole_halves_are_no_further_from_fp32_than_vanillas(dtype, how, folders):
     found = []
     for folder, weights in itertools.product(folders.values(), WEIGHTS):
         ours = small.load(folder, weights, dtype=DTYPES[dtype])
         for batch, rows in (("one", 1), ("padded", 3)):
-            ours.preallocate(rows, 32, products=products)
+            ours.preallocate(rows, 32, **how)
             found.append(check(ours, batch, dtype))
     assert sum(found) / len(found) < 1.05
 

@@ -82,3 +82,10 @@ def machine_name(point: dict) -> str:
         threads = f"{environment['threads']} thread{'s' if environment['threads'] != 1 else ''}"
         return f"{environment['cpu']}, {threads}, torch {environment['torch']}"
     return f"{environment['gpu']}, torch {environment['torch']}"
+
+
+def figure(value: float | None) -> str:
+    """A measured figure with three digits or more."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 100 else f"{value:#.3g}"

@@ -179,7 +179,7 @@ def _suite_row(kept: dict) -> list[str]:
     return [
         f"`{kept['line']}`: {cell(kept['what'])}",
         "<br>".join(f"{bound['figure']} {bound['op']} {bound['bound']:g}" for bound in bounds) or "-",
-        "<br>".join(f"{name} {speed(kept['measured'].get(name))}" for name in names) or "-",
+        "<br>".join(f"{name} {figures.figure(kept['measured'].get(name))}" for name in names) or "-",
         result,
         kept["parity"] or "-",
     ]

@@ -23,6 +23,20 @@ def _compared(held: Stable, own: Lane) -> list[tuple[str, str]]:
     return [held.check(own), (held.case.dtype, "lossy")]
 
 
+def _apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The largest difference of two logits [V], over the largest logit of the second."""
+    one, other = one.float(), other.float()
+    return ((one - other).abs().max() / other.abs().max()).item()
+
+
+def _logits(lane: Lane) -> torch.Tensor:
+    """Of the first token after the lane's prompt [V], by way of a step that reads what the prompt stored."""
+    ids_1T = lane.prompt.input_ids.to(lane.model.device)
+    lane.model.prefill(ids_1T[:, :-1])
+    lane.used = None
+    return lane.model.step(ids_1T[:, -1:])[0, -1]
+
+
 def weights(case: Case, device: str) -> Measured:
     """A step with int8 and int4 weights beside one with floats, and the ceiling's share that each reads."""
     ceiling = Ceiling(torch.device(device))
@@ -33,10 +47,12 @@ def weights(case: Case, device: str) -> Measured:
             held.loaded(name, 1, case.prompt_length, case.prompt_length + _SPARE, weights=name) for name in _WEIGHTS
         ]
         read = {lane.name: step_bytes(lane.model, [case.prompt_length], _SPARE) for lane in lanes}
+        apart = {lane.name: _apart(_logits(lane), _logits(lanes[0])) for lane in lanes[1:]}
         taken = take_turns(lanes, case.runs)
         checks = _compared(held, lanes[0])
     ceiling.measure()
     figures = {f"{name}_speedup": ratio(taken, _OWN, name) for name in _WEIGHTS}
+    figures |= {f"{name}_logits_apart": value for name, value in apart.items()}
     for name, seconds in taken.items():
         figures[f"{name}_ceiling_fraction"] = read[name] / median(seconds) / (ceiling.gb_per_s * 1e9)
         figures[f"{name}_ms"] = 1000 * median(seconds)
@@ -54,12 +70,12 @@ def beside_llama_cpp(case: Case, device: str) -> Measured:
             with neighbour(held.found, theirs, prompt, cache_length) as other:
                 ours = held.loaded(name, 1, length, cache_length, weights=name)
                 other.begin()
-                logits_V = ours.model.prefill(prompt.input_ids)[0].float()
-                far = (other.logits(len(logits_V)) - logits_V).abs().max() / logits_V.abs().max()
+                logits_V = ours.model.prefill(prompt.input_ids)[0]
+                far = _apart(other.logits(len(logits_V)), logits_V)
                 taken = take_turns([ours, other], case.runs)
         figures[f"{name}_over_{theirs}"] = ratio(taken, theirs, name)
         figures |= {f"{lane}_tok_per_s": 1 / median(seconds) for lane, seconds in taken.items()}
-        figures[f"{name}_logits_apart"] = far.item()
+        figures[f"{name}_logits_apart"] = far
         samples |= taken
     return Measured(figures, samples={"step_s": samples}, checks=[(case.dtype, "lossy")])
 
@@ -71,9 +87,11 @@ def caches(case: Case, device: str) -> Measured:
         lanes = [held.lane(_OWN, 1, length, length + _SPARE)]
         lanes += [held.lane(name, 1, length, length + _SPARE, cache_k=name, cache_v=name) for name in _CACHES]
         sizes = {lane.name: lane.model._engine.cache.shape.nbytes for lane in lanes}
+        apart = {lane.name: _apart(_logits(lane), _logits(lanes[0])) for lane in lanes[1:]}
         taken = take_turns(lanes, case.runs)
         checks = _compared(held, lanes[0])
     figures = {f"{name}_time_ratio": ratio(taken, name, _OWN) for name in _CACHES}
+    figures |= {f"{name}_logits_apart": value for name, value in apart.items()}
     figures |= {f"{name}_memory": sizes[name] / sizes[_OWN] for name in _CACHES}
     figures |= {f"{name}_ms": 1000 * median(seconds) for name, seconds in taken.items()}
     return Measured(figures, samples={"step_s": taken}, checks=checks)
@@ -106,7 +124,8 @@ def long_context(case: Case, device: str) -> Measured:
     with stable(case, device) as held:
         small = held.loaded("small", 1, length, length + _SPARE, **switches)
         own = held.loaded(_OWN, 1, length, length + _SPARE, weights="int4")
+        apart = _apart(_logits(small), _logits(own))
         taken = take_turns([own, small], case.runs)
-    figures = {"peak_gb": peaks.max_mem_mb / 1000, "time_ratio": ratio(taken, "small", _OWN)}
+    figures = {"logits_apart": apart, "peak_gb": peaks.max_mem_mb / 1000, "time_ratio": ratio(taken, "small", _OWN)}
     figures |= {f"{name}_ms": 1000 * median(seconds) for name, seconds in taken.items()}
     return Measured(figures, samples={"step_s": taken}, checks=[(case.dtype, "lossy")])

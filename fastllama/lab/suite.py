@@ -131,13 +131,6 @@ def run(chosen: list, options: argparse.Namespace, path: Path, root: Path, show:
     return records
 
 
-def figure(value: float | None) -> str:
-    """A measured figure with three digits or more."""
-    if value is None:
-        return "-"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 100 else f"{value:#.3g}"
-
-
 def table(records: list[dict]) -> Table:
     """A row per figure; those that are asked come first."""
     first = records[0]
@@ -162,7 +155,7 @@ def table(records: list[dict]) -> Table:
             cells[1].append((f"{bound['op']} {bound['bound']:g}" if bound else "") + end)
             good = kept["reached_by_figure"].get(name)
             color = "" if good is None else "green" if good else "red"
-            cells[2].append(figure(kept["measured"].get(name)) + end, color)
+            cells[2].append(figures.figure(kept["measured"].get(name)) + end, color)
         cells[3] = Text(result, style)
         shown.add_row(about, *cells)
         shown.add_section()
@@ -175,7 +168,7 @@ def _torch_type(kept: dict) -> str:
 
 def _brief(kept: dict) -> str:
     asked = {bound["figure"]: f" (asked {bound['op']} {bound['bound']:g})" for bound in kept["asked"]}
-    found = ", ".join(f"{name} {figure(kept['measured'].get(name))}{text}" for name, text in asked.items())
+    found = ", ".join(f"{name} {figures.figure(kept['measured'].get(name))}{text}" for name, text in asked.items())
     detail = f"; {found}; parity {kept['parity']}" if kept["not_measured"] is None else ""
     return f"{kept['line']}: {outcome(kept)}{detail}; {kept['seconds']:.0f} s"
 
