@@ -24,6 +24,9 @@ MARGIN = 0.25
 CHUNKED_MARGIN = 0.05
 # A CPU's heap keeps what passing tensors leave behind: up to about as much again.
 _HEAP = 2
+# Where a whole prompt passes at once, what it keeps differs from run to run, a fifth as much again to all of it (64
+# rows of 400 tokens of the demo: 0.81 to 1.14 GB): the middle is predicted.
+_WHOLE_HEAP = 1.6
 _FIRST_USE = 50_000_000  # bytes of tokenizer, text, threads and what libraries import when they are first used
 _LOGITS = 3  # fp32 copies of one position's logits that choosing a token takes
 _BASE_PROMPT = 64  # tokens of the demo's prompt by which the base is measured
@@ -144,10 +147,11 @@ def _passing(point: Point, config: LlamaConfig) -> tuple[int, int]:
     work, itemsize = point.workload, point.torch_dtype.itemsize
     queries, _, heap = _sizes_of(point, config)
     tokens = min(point.prefill_chunk or work.prompt_length, work.prompt_length)
+    heap = min(heap, _WHOLE_HEAP) if tokens == work.prompt_length else heap
     attention = 2 * config.hidden_size + 6 * queries
     mlp = 2 * config.hidden_size + 3 * config.intermediate_size
     logits = work.batch_size * config.vocab_size * (itemsize + 4 * _LOGITS)
-    return tokens, heap * work.batch_size * tokens * max(attention, mlp) * itemsize + logits
+    return tokens, int(heap * work.batch_size * tokens * max(attention, mlp) * itemsize) + logits
 
 
 def _vanilla(point: Point, config: LlamaConfig) -> tuple[int, int]:
