@@ -29,8 +29,10 @@ _HEAP = 2
 _WHOLE_HEAP = 1.6
 _FIRST_USE = 50_000_000  # bytes of tokenizer, text, threads and what libraries import when they are first used
 _LOGITS = 3  # fp32 copies of one position's logits that choosing a token takes
-_BASE_PROMPT = 64  # tokens of the demo's prompt by which the base is measured
-_bases: dict[tuple[str, str], int] = {}
+# Tokens of the demo's prompts by which the base is measured: of one, loading is the peak; of the other, the prompt.
+_SHORT, _LONG = 64, 8191
+_CHUNK = 512  # of the long one
+_bases: dict[tuple[str, str], "Base"] = {}
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,18 @@ class Peak:
     @property
     def nbytes(self) -> int:
         return self.base + self.weights + self.cache + self.work
+
+
+@dataclass(frozen=True)
+class Base:
+    """Bytes of a process beside its model: while that is loaded, texts and tokenizer too, and while it generates."""
+
+    loading: int
+    running: int
+
+    def beside(self, held: int) -> int:
+        """What to add to `held` bytes of cache and work, which come after loading."""
+        return max(self.running, self.loading - held)
 
 
 @dataclass(frozen=True)
@@ -76,19 +90,23 @@ def base_bytes() -> int:
     return memory.own_bytes() + _FIRST_USE
 
 
-def measured_base(point: Point, name: str) -> int:
-    """Bytes of a process that generates with next to no model: the demo's peak, less what is predicted for the demo.
+def measured_base(point: Point, name: str) -> Base:
+    """A process that generates with next to no model: the demo's peaks, less what is predicted for the demo.
 
-    A new process measures it, once for each kind of contestant; 0 on an accelerator, where only tensors count.
+    New processes measure it, once for each kind of contestant; 0 on an accelerator, where only tensors count.
     """
     if torch.device(point.device).type != "cpu":
-        return 0
+        return Base(0, 0)
     kept = {field: value for field, value in point.switches.items() if field in ("compile", "products")}
-    work, alone = Workload(1, _BASE_PROMPT, 1), {"cache_length": None, "assistance": Assistance()}
-    small = replace(point, model="demo", workload=work, switches=kept, runs=1, warmup=0, **alone)
-    key = (small.command(), name)
+    kept["prefill_chunk"] = _CHUNK
+    alone = {"cache_length": None, "assistance": Assistance()}
+    demo = replace(point, model="demo", switches=kept, runs=1, warmup=0, **alone)
+    key = (replace(demo, workload=Workload(1, _SHORT, 1)).command(), name)
     if key not in _bases:
-        _bases[key] = int(memory.peaks(small, name).max_mem_mb * 1e6) - predict(small, name, base=0).nbytes
+        short, long = (replace(demo, workload=Workload(1, tokens, 1)) for tokens in (_SHORT, _LONG))
+        loading = int(memory.peaks(short, name).max_mem_mb * 1e6) - predict(short, name, base=0).weights
+        running = int(memory.peaks(long, name).max_mem_mb * 1e6) - predict(long, name, base=0).nbytes
+        _bases[key] = Base(loading, running)
     return _bases[key]
 
 
@@ -99,24 +117,27 @@ def _sizes(model: str, dtype: torch.dtype) -> tuple[LlamaConfig, int]:
     return found.config, found.parameter_count
 
 
-def predict(point: Point, name: str, base: int | None = None) -> Peak:
+def predict(point: Point, name: str, base: Base | int | None = None) -> Peak:
     """The peak of contestant `name`. Nothing is loaded or built; raises as `checkpoint.outline` does.
 
     `base`: as `measured_base` gives it; without it, what this process held when it was first asked.
     """
-    config, parameters = _sizes(point.model, point.torch_dtype)
+    own = _without_base(point, name)
     if base is None:
         base = base_bytes() if torch.device(point.device).type == "cpu" else 0
+    return replace(own, base=base.beside(own.cache + own.work) if isinstance(base, Base) else base)
+
+
+def _without_base(point: Point, name: str) -> Peak:
+    config, parameters = _sizes(point.model, point.torch_dtype)
     if name == "ours":
-        own = _ours(point, config, base)
+        own = _ours(point, config)
         return _with_draft(point, own) if point.assistance.drafts else own
     weights = parameters * point.torch_dtype.itemsize
-    if name == "static":
-        return Peak(base, weights, *_static(point, config))
-    return Peak(base, weights, *_vanilla(point, config))
+    return Peak(0, weights, *(_static if name == "static" else _vanilla)(point, config))
 
 
-def _ours(point: Point, config: LlamaConfig, base: int) -> Peak:
+def _ours(point: Point, config: LlamaConfig) -> Peak:
     device, dtype, work, switches = torch.device(point.device), point.torch_dtype, point.workload, point.config
     formats = (switches.cache_k, switches.cache_v)
     shape = cache_shape(config, work.batch_size, point.positions, dtype, device, *formats)
@@ -124,7 +145,7 @@ def _ours(point: Point, config: LlamaConfig, base: int) -> Peak:
     tokens = min(tokens, work.prompt_length)
     past = work.prompt_length - tokens
     passing = (_HEAP if device.type == "cpu" else 1) * prefill_bytes(config, shape, tokens, past, switches.weights)
-    return Peak(base, weight_bytes(config, switches.weights, dtype).total, shape.nbytes + rotary_bytes(shape), passing)
+    return Peak(0, weight_bytes(config, switches.weights, dtype).total, shape.nbytes + rotary_bytes(shape), passing)
 
 
 def _with_draft(point: Point, own: Peak) -> Peak:
@@ -132,8 +153,8 @@ def _with_draft(point: Point, own: Peak) -> Peak:
     switches = {name: value for name, value in point.switches.items() if name not in ("weights", "cache_k", "cache_v")}
     switches |= {"weights": bits} if (bits := point.assistance.draft_weights) is not None else {}
     model = point.assistance.draft_model(point.model)
-    draft = predict(replace(point, model=model, switches=switches, assistance=Assistance()), "ours", base=0)
-    return Peak(own.base, own.weights + draft.weights, own.cache + draft.cache, max(own.work, draft.work))
+    draft = _without_base(replace(point, model=model, switches=switches, assistance=Assistance()), "ours")
+    return Peak(0, own.weights + draft.weights, own.cache + draft.cache, max(own.work, draft.work))
 
 
 def _sizes_of(point: Point, config: LlamaConfig) -> tuple[int, int, int]:
