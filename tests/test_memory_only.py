@@ -34,8 +34,8 @@ def test_a_point_is_run_once_and_a_sweep_resumes(measured, tmp_path, capsys):
     file = tmp_path / "memory.jsonl"
     argv = [*ARGV, "--preallocate", "--memory-only", "--sweep", "cache_length=100,200", "--json", file]
     assert run(*argv) == 0
-    # The base once, then a rehearsal with a short prompt once, then each point once, and vanilla never.
-    assert measured == [("demo", "ours", 65), ("demo", "ours", 17), ("demo", "ours", 100), ("demo", "ours", 200)]
+    # The base once, loading and generating, a rehearsal with a short prompt once, each point once, and vanilla never.
+    assert measured == [("demo", "ours", positions) for positions in (65, 8192, 17, 100, 200)]
     entries = read(file)
     assert [entry["status"] for entry in entries] == ["memory"] * 2
     first = points_file.check(entries[0], "it")
@@ -56,7 +56,7 @@ def test_a_point_is_run_once_and_a_sweep_resumes(measured, tmp_path, capsys):
 def test_vanillas_static_cache_needs_no_rehearsal(measured, tmp_path):
     file = tmp_path / "memory.jsonl"
     assert run(*ARGV, "--static-cache", "--cache-length", "90", "--memory-only", "--json", file) == 0
-    assert measured == [("demo", "static", 65), ("demo", "static", 90)]
+    assert measured == [("demo", "static", positions) for positions in (65, 8192, 90)]
     assert read(file)[0]["subject"] == "static"
 
 
