@@ -90,7 +90,7 @@ def typical(logits_BN: torch.Tensor, p_B, min_keep_B=1) -> torch.Tensor:
     beyond_BN = probability_BN.gather(-1, order_BN).cumsum(-1) > p_B1
     enough_BN = _ranks(logits_BN) + 1 >= _whole(min_keep_B, logits_BN)
     out_BN = _ranks(logits_BN) > _first_place(beyond_BN & enough_BN)
-    out_BN = torch.zeroslike(out_BN).scatter_(1, order_BN, out_BN)
+    out_BN = torch.zeros_like(out_BN).scatter_(1, order_BN, out_BN)
     return _unless(p_B1 >= 1, logits_BN.masked_fill(out_BN, RULED_OUT), logits_BN)
 
 

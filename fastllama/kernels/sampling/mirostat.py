@@ -28,7 +28,7 @@ def cut_1(logits_BN: torch.Tensor, mu_B: torch.Tensor, vocabulary: int) -> torch
     e_B = s_B - 1
     within_B = torch.exp2(mu_B)
     # (e 2^mu) / (1 - N^-e), which for e = 0 is 2^mu / ln N
-    log_size = math.log(vocabulary)
+    log_size = math.log(max(vocabulary, 2))
     share_B = torch.where(e_B == 0, 1 / log_size, e_B / -torch.expm1(-e_B * log_size))
     k_B = (share_B * within_B) ** (1 / s_B)
     k_B = torch.nan_to_num(k_B, nan=1.0, posinf=float(vocabulary)).clamp(1, vocabulary)

@@ -15,7 +15,7 @@ def column(value_B) -> torch.Tensor:
 def like(value_B, logits_BV: torch.Tensor) -> torch.Tensor:
     """`column`, as the scores are; a number that their type does not hold is the nearest that it does."""
     range = torch.finfo(logits_BV.dtype)
-    return column(value_B).clamp(range.min, range.max).to(logits_BV)
+    return column(value_B).to(torch.float64).clamp(range.min, range.max).to(logits_BV)
 
 
 def window(real_BT: torch.Tensor, last_n_B) -> torch.Tensor:
