@@ -48,8 +48,10 @@ def arguments(model: nn.Module, sampling: Sampling, args: tuple, kwargs: dict) -
     if not sampling.is_greedy or sampling.penalises:
         processors.append((StatelessSamplingProcessor if sampling.is_stateless else SamplingProcessor)(sampling))
     kwargs["logits_processor"] = processors
-    # Where rows draw by themselves, one token is left, and taking the best takes it.
-    do_sample = not sampling.is_greedy and not sampling.draws_itself
+    # Where rows draw by themselves, one token is left, and taking the best takes it; but transformers wants to draw
+    # where there are several texts of a prompt.
+    several = kwargs.get("num_return_sequences") or _of(config, "num_return_sequences") or 1
+    do_sample = not sampling.is_greedy and (not sampling.draws_itself or several > 1)
     if config is None:
         return kwargs | {name: None for name in _PARENTS if hasattr(defaults, name)} | {"do_sample": do_sample}
     # transformers frowns on arguments beside a config, and fills what is None there from the model's.
