@@ -16,6 +16,8 @@ from fastllama.decode.engine import Engine
 from fastllama.decode.loop import sample_loop
 from fastllama.decode.prompt import unpad
 from fastllama.decode.reservation import within
+from fastllama.decode.sampling import call as sampling_call
+from fastllama.decode.sampling.options import Sampling
 from fastllama.decode.support import call_obstacle, model_obstacle
 from fastllama.model.config import FastConfig
 from fastllama.model.small_linear import held_format
@@ -178,7 +180,9 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
     # generation
 
     @functools.wraps(transformers.LlamaForCausalLM.generate)
-    def generate(self, *args, **kwargs):
+    def generate(self, *args, sampling: Sampling | None = None, **kwargs):
+        if sampling is not None:
+            args, kwargs = (), sampling_call.arguments(self, sampling, args, kwargs)
         self._path = self._assisted = None
         given = _given_cache.set(kwargs.get("past_key_values") is not None)
         config = args[1] if len(args) > 1 else kwargs.get("generation_config")
@@ -202,6 +206,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         streamer=None,
         **model_kwargs,
     ):
+        sampling_call.begin(logits_processor, input_ids, model_kwargs.get("attention_mask"))
         obstacle = "past_key_values are given" if _given_cache.get() else None
         obstacle = obstacle or model_obstacle(self)
         obstacle = obstacle or call_obstacle(self, generation_config, synced_gpus, model_kwargs)
@@ -253,6 +258,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         **model_kwargs,
     ):
         """The parent's, which takes one row, for any number of rows."""
+        sampling_call.begin(logits_processor, input_ids, model_kwargs.get("attention_mask"))
         how = (logits_processor, stopping_criteria, generation_config)
         draft = assistant_model if generation_config.prompt_lookup_num_tokens is None else None
         obstacle = "past_key_values are given" if _given_cache.get() else None
@@ -269,6 +275,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         if obstacle is None:
             self._assisted, self._path = report, words
             return result
+        sampling_call.require_stateless(logits_processor, obstacle)
         self._say_parent(obstacle)
         result = super()._assisted_decoding(
             input_ids,

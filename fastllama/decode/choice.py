@@ -7,6 +7,7 @@ import torch
 from transformers.generation.logits_process import MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
+from fastllama.decode.sampling.processor import SamplingProcessor
 from fastllama.decode.stop import DrawState, StopCheck
 
 
@@ -31,6 +32,9 @@ class Choice:
         self.has_eos = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
         self.unfinished_B = torch.ones(input_ids.shape[0], dtype=torch.long, device=input_ids.device)
         self.draws = DrawState(stop.lag, input_ids.device, self.do_sample)
+        self.samplings = [each for each in logits_processor if isinstance(each, SamplingProcessor)]
+        for sampling in self.samplings:
+            sampling.keep(stop.lag)
 
     def take(self, logits_BV: torch.Tensor) -> torch.Tensor:
         """The chosen ids [B]."""
@@ -60,6 +64,8 @@ class Choice:
         """Takes surplus tokens back, and the draws that made them."""
         self.ids = self.ids[:, :-tokens].contiguous()
         self.draws.undo(tokens)
+        for sampling in self.samplings:
+            sampling.undo(tokens)
         for kept in (self.scores, self.raw_logits):
             if kept is not None:
                 del kept[-tokens:]

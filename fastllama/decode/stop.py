@@ -6,8 +6,10 @@ import torch
 from transformers.generation import logits_process as processors
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
+from fastllama.decode.sampling.processor import SamplingProcessor, StatelessSamplingProcessor
+
 # Pure functions of (ids, scores): calling one for a step that is undone later leaves nothing behind.
-STATELESS = tuple(
+_OF_TRANSFORMERS = tuple(
     getattr(processors, name)
     for name in (
         "MinLengthLogitsProcessor",
@@ -29,6 +31,7 @@ STATELESS = tuple(
     )
     if hasattr(processors, name)
 )
+STATELESS = (*_OF_TRANSFORMERS, StatelessSamplingProcessor)
 _LAG_ON_GPU = 2
 
 
@@ -41,7 +44,8 @@ def lag_for(device: torch.device, logits_processor, stopping_criteria, streamer,
         return 0
     if any(type(criterion) not in (MaxLengthCriteria, EosTokenCriteria) for criterion in stopping_criteria):
         return 0
-    if any(type(processor) not in STATELESS for processor in logits_processor):
+    # What a SamplingProcessor remembers is taken back with the step.
+    if any(type(processor) not in (*STATELESS, SamplingProcessor) for processor in logits_processor):
         return 0
     return _LAG_ON_GPU
 
