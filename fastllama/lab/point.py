@@ -101,7 +101,7 @@ class Point:
         """The switches given that may change tokens in fp32 as well, with their values."""
         known = fastllama.FastConfig.__dataclass_fields__
         given = {name: value for name, value in self.switches.items() if not known[name].metadata["lossless"]}
-        return {name: value for name, value in given.items() if value is not None}
+        return {name: value for name, value in given.items() if value != known[name].default}
 
     @property
     def torch_dtype(self) -> torch.dtype:
