@@ -9,6 +9,7 @@ from torch._dynamo.utils import counters
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 
 import fastllama
+from fastllama.cache import moving
 from fastllama.decode.loop import sample_loop
 from fastllama.kernels import native
 from fastllama.kernels.blocks import FORMATS
@@ -106,6 +107,15 @@ def test_formats_of_few_bits(cache_k, cache_v, attention):
     how = {"compile": "native"} if attention == "C++" else {"products": "stock"}
     preallocated(ours, 3, **formats, **how)
     assert_as_by_hand(vanilla, ours, prompt("padded"), 45, [4, 4, 2], bound=5e-4, **formats)
+
+
+@pytest.mark.parametrize("format", [None, "q8_0"])
+def test_a_long_tail_moves_block_by_block(format, monkeypatch):
+    _, ours = pair(head_dim=32)
+    preallocated(ours, 3, cache_k=format, cache_v=format)
+    expected = generate(ours, prompt("padded"), max_new_tokens=45, **GREEDY)
+    monkeypatch.setattr(moving, "_POSITIONS", 3)
+    assert torch.equal(generate(ours, prompt("padded"), max_new_tokens=45, **GREEDY), expected)
 
 
 def test_values_move_as_the_bytes_they_are():

@@ -176,7 +176,8 @@ def _check_score(point: dict) -> None:
 
 
 def _check_sizes(point: dict) -> None:
-    needed = point["prompt_length"] + (1 if point["switches"].get("context_shift") else point["new_tokens"])
+    shifts = point["switches"].get("context_shift") and point["switches"].get("grp_attn_n", 1) == 1
+    needed = point["prompt_length"] + (1 if shifts else point["new_tokens"])
     if point["cache_length"] < needed:
         raise ValueError(f"field cache_length is {point['cache_length']}, too short for prompt and new tokens")
     if point["distinct_tokens"] > point["new_tokens"]:
