@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         "--cache-k", "-ctk", help="how keys are stored: f32 f16 bf16 int8 q8_0 q4_0 q4_1 q5_0 q5_1 iq4_nl"
     )
     what.add_argument("--cache-v", "-ctv", help="how values are stored: the same")
+    _add_context(parser.add_argument_group("texts longer than the cache, or than the model was made for"))
     sizes = parser.add_argument_group("sizes (comma lists make a product)")
     sizes.add_argument("--batch-size", type=_sizes, help=f"rows ({BATCH_SIZES})")
     sizes.add_argument("--prompt-length", type=_sizes, help=f"tokens of the longest row ({PROMPT_LENGTHS})")
@@ -137,6 +138,18 @@ def _parser() -> argparse.ArgumentParser:
     out.add_argument("--commit", metavar="SHA", help="with --record, in a copied tree: the commit it is a copy of")
     out.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+def _add_context(group) -> None:
+    group.add_argument(
+        "--context-shift",
+        action="store_true",
+        default=None,
+        help="when the cache of --cache-length positions is full, drop the older half behind --keep tokens and go on",
+    )
+    group.add_argument("--keep", metavar="N", help="tokens of the prompt that are never dropped; -1 is all of it (0)")
+    group.add_argument("--grp-attn-n", "-gan", metavar="N", help="self-extend: tokens that share a position (1: off)")
+    group.add_argument("--grp-attn-w", "-gaw", metavar="W", help="self-extend: tokens of a window (512)")
 
 
 def _add_assistance(group) -> None:

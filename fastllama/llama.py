@@ -12,6 +12,7 @@ from fastllama.decode.assisted.call import assisted_call
 from fastllama.decode.assisted.companions import Companions
 from fastllama.decode.assisted.report import Assisted
 from fastllama.decode.assisted.support import ASKED
+from fastllama.decode.context.choose import require_unassisted
 from fastllama.decode.engine import Engine
 from fastllama.decode.loop import sample_loop
 from fastllama.decode.prompt import unpad
@@ -169,7 +170,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
             if not self._engine.binding.is_whole:  # weights were moved, or asked for, since the prefill
                 self._engine.refresh(self)
             while self._engine.room() < ids.shape[1]:
-                self._engine.grow(self)
+                self._engine.grow(self, ids.shape[1])
             return self._engine.step(ids).clone()
 
     def _require_fast(self) -> None:
@@ -261,6 +262,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         sampling_call.begin(logits_processor, input_ids, model_kwargs.get("attention_mask"))
         how = (logits_processor, stopping_criteria, generation_config)
         draft = assistant_model if generation_config.prompt_lookup_num_tokens is None else None
+        require_unassisted(self._engine.config, *_config_of(draft))
         obstacle = "past_key_values are given" if _given_cache.get() else None
         obstacle = obstacle or model_obstacle(self)
         obstacle = obstacle or call_obstacle(self, generation_config, synced_gpus, model_kwargs)
@@ -313,6 +315,10 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
     def load_state_dict(self, *args, **kwargs):
         self._engine.forget_weights()
         return super().load_state_dict(*args, **kwargs)
+
+
+def _config_of(draft) -> tuple[FastConfig, ...]:
+    return (draft._engine.config,) if isinstance(draft, LlamaForCausalLM) else ()
 
 
 def _ordinary(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -3,6 +3,7 @@
 Legend: B batch, Q query tokens, P prompt tokens, E hidden size, V vocabulary.
 """
 
+import itertools
 import threading
 
 import torch
@@ -13,6 +14,8 @@ from fastllama.cache.float_cache import FloatCache
 from fastllama.cache.small_cache import SmallCache, cache_for
 from fastllama.decode.binding import Binding, chooser, require_weights
 from fastllama.decode.chunks import automatic_chunk
+from fastllama.decode.context.choose import context_for, positions_needed, require_context
+from fastllama.decode.context.choose import words as context_words
 from fastllama.decode.prompt import Prompt
 from fastllama.decode.reservation import bytes_for, implicit_length, require_fit, same_but_longer, shape_for
 from fastllama.kernels.linear import NATIVE_ROWS
@@ -40,6 +43,7 @@ class Engine:
         self.cache: FloatCache | SmallCache | None = None
         self.binding = Binding(in_use=self.lock.locked)
         self.rotary: RotaryTable | None = None
+        self.context = None  # what moves keys of a long text: context/
         self.reallocations = 0
         self._step = None
         self._native: NativeStep | None = None
@@ -74,6 +78,7 @@ class Engine:
         if reason is not None:
             raise ValueError(f"compile='native' cannot be honoured: {reason}")
         require_weights(model, config.weights)
+        require_context(model, config)
         chooser(model, config, batch_size)  # may refuse
         self.free()
         try:
@@ -87,6 +92,7 @@ class Engine:
         return nbytes
 
     def _reserve(self, model: nn.Module, shape: CacheShape, config: FastConfig) -> None:
+        self.context = context_for(model, config, shape.batch_size)
         self.config = config
         self.cache = cache_for(shape, stock=config.products == "stock")
         self.refresh(model)
@@ -107,6 +113,8 @@ class Engine:
         self._native = None
         if self.config.compile == "native":
             self._native_obstacle = obstacle(model, self.cache.shape)
+            if self.context is not None and self.context.extends:
+                self._native_obstacle = "self-extend"
             if self._native_obstacle is None:
                 self._native = NativeStep(self.weights, self.cache, self.rotary)
             self._step, self._addresses = step, None
@@ -133,7 +141,7 @@ class Engine:
     def free(self) -> None:
         """Gives the cache, the tables and the compiled step back."""
         self.forget_weights()
-        self.cache = self._step = self._native = self._buckets = self._addresses = None
+        self.cache = self._step = self._native = self._buckets = self._addresses = self.context = None
         self.explicit = False
         self.config = self.default or _IMPLICIT
 
@@ -174,6 +182,8 @@ class Engine:
         and the first of the new tokens: it can grow later.
         """
         held = self.cache.shape if self.cache is not None else None
+        longest, fixed = model.config.max_position_embeddings, held.cache_length if self.explicit else None
+        positions = positions_needed(self.config, fixed, longest, prompt_length, positions)
         if self.explicit:
             require_fit(held, shape_for(model, batch_size, positions, self.config), batch_size, positions)
             return
@@ -188,6 +198,8 @@ class Engine:
         """Forgets what the cache holds; the next call has `rows` rows."""
         self.cache.clear(max(self._used, self._written))
         self._rows, self._used, self._written = rows, 0, 0
+        if self.context is not None:
+            self.context.reset()
         self._set_valid_past(torch.zeros_like(self.cache.valid_past_index))
 
     def prefill(self, prompt: Prompt, chunk: int | None = None) -> torch.Tensor:
@@ -200,9 +212,16 @@ class Engine:
         batch, total = tokens_BP.shape[:2]
         size = chunk or self.config.prefill_chunk or automatic_chunk(batch, total, device.type)
         cos_BPD, sin_BPD = self.rotary.for_prompt(total, prompt.columns, prompt.width, chunk)
-        last_BE = None
-        for past in range(0, total, size):
-            part = slice(past, min(past + size, total))
+        last_BE, edges = None, [*range(0, total, size), total]
+        if self.context is not None:
+            self.context.start(prompt)
+            if self.context.extends:
+                edges = sorted({*edges, *range(0, total, self.context.w)})
+                cos_BPD, sin_BPD = self.rotary.at(self.context.prompt_positions(self.cache.positions, total)[None])
+        for past, end in itertools.pairwise(edges):
+            part = slice(past, end)
+            if self.context is not None:
+                self.context.before_pass(self.cache, self.rotary, past)
             tokens = tokens_BP[:, part]
             hidden = self.weights.embed(tokens) if tokens.dim() == 2 else tokens.to(self.cache.shape.dtype)
             hidden = prefill_chunk(self.weights, self.cache, hidden, cos_BPD[:, part], sin_BPD[:, part], past)
@@ -224,6 +243,8 @@ class Engine:
         if rows < cache.shape.batch_size:  # idle rows write at position 0 and are ignored
             idle = ids_BQ.new_zeros(cache.shape.batch_size - rows, tokens)
             ids_BQ = torch.cat((ids_BQ, idle))
+        if self.context is not None:
+            self.context.before_step(cache, self.rotary, self._used)
         if self._native is not None and self._native.takes(*ids_BQ.shape):
             logits = self._native(ids_BQ.contiguous())
             self._used, self._written = used, max(used, self._written)
@@ -231,7 +252,8 @@ class Engine:
         if self._mask_is_stale:  # C++ reads no mask
             self._set_valid_past(cache.valid_past_index)
         index_BQ = cache.valid_past_index[:, None] + self._offsets(tokens)
-        cos_BQD, sin_BQD = self.rotary.at(index_BQ)
+        extended = self.context is not None and self.context.extends
+        cos_BQD, sin_BQD = self.rotary.at(index_BQ - self.context.offset_B[:, None] if extended else index_BQ)
         # Only single tokens were compiled: another count would be another graph.
         run = self._step if tokens == 1 else step
         logits = run(
@@ -262,11 +284,23 @@ class Engine:
 
     def room(self) -> int:
         """Positions left for the longest row."""
-        return self.cache.shape.cache_length - self._used
+        return self._capacity() - self._used
 
-    def grow(self, model: nn.Module) -> None:
-        """Doubles an implicit cache in the middle of a call whose length nobody could know."""
-        shape = self.cache.shape
+    def _capacity(self) -> int:
+        length = self.cache.shape.cache_length
+        return length if self.context is None else self.context.capacity(length, self.explicit)
+
+    def moves_next(self) -> bool:
+        """Whether the next token first moves what the cache holds, which cannot be undone."""
+        return self.context is not None and self.context.is_due(self._used, self._capacity())
+
+    def grow(self, model: nn.Module, tokens: int = 1) -> None:
+        """Makes room for `tokens` more: by shifting the context, or by doubling an implicit cache."""
+        shape, capacity = self.cache.shape, self._capacity()
+        if self.context is not None and self.context.shifts_at(shape.cache_length, self.explicit):
+            self._used = self.context.make_room(self.cache, self.rotary, self._used, capacity, tokens)
+            self._mask_is_stale = False
+            return
         if self.explicit:
             raise ValueError(
                 f"the preallocated cache of {shape.cache_length} positions is full: preallocate more, or free() first"
@@ -311,4 +345,4 @@ class Engine:
             attention = f", {self.cache.words}"
         elif self.weights.prompt_attention == "native":
             attention += ", C++ prompt attention"
-        return f"{kind}, {how}, {self.weights.words}{attention}"
+        return f"{kind}, {how}, {self.weights.words}{attention}{context_words(self.config, self.context)}"

@@ -9,6 +9,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from fastllama.decode.choice import Choice, GreedyChoice
+from fastllama.decode.context.window import window_out
 from fastllama.decode.engine import Engine
 from fastllama.decode.prompt import Prompt, unpad
 from fastllama.decode.stop import StopCheck, lag_for
@@ -56,6 +57,8 @@ def sample_loop(
         if taken == most_new and lag:
             stop.drain()
             break
+        if engine.moves_next() and stop.drain():
+            break  # surplus steps are undone where they were made: before the move
         if engine.room() < 1:
             engine.grow(model)
         logits_BV = engine.step(chosen_B[:, None].to(engine.cache.shape.device))[:, -1]
@@ -76,8 +79,13 @@ def sample_loop(
 
 
 def copied_out(model: nn.Module, engine: Engine, prompt: Prompt, batch: int) -> DynamicCache:
-    """The cache as transformers would have left it: a cache of its own, padding columns included (as zeros)."""
+    """The cache as transformers would have left it: a cache of its own, padding columns included (as zeros).
+
+    After a context shift: what is left (`window_out`).
+    """
     lengths = engine.cache.valid_past_index[:batch].tolist()
+    if engine.context is not None and engine.context.moved:
+        return window_out(model, engine.cache, lengths)
     width = prompt.width + lengths[0] - int(prompt.lengths[0])
     columns = None if prompt.columns is None else prompt.columns.tolist()
     result = DynamicCache(config=model.config)

@@ -80,11 +80,15 @@ class StopCheck:
             return True
         return False
 
-    def drain(self) -> None:
-        """Reads what is still in flight when the loop ends for its length."""
+    def drain(self) -> bool:
+        """Reads what is still in flight, where the loop ends for its length or what follows cannot be undone.
+
+        Returns whether all rows were finished.
+        """
         while self._flights:
             if self._land():
-                return
+                return True
+        return False
 
     def _send(self, any_left: torch.Tensor):
         if self.device.type != "cuda":

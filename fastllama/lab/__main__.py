@@ -8,6 +8,7 @@ from fastllama.lab import (
     board,
     changes,
     compare,
+    context_score,
     doctor,
     evaluation,
     export,
@@ -43,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
 
     compare.arguments(commands)
     evaluation.arguments(commands)
+    context_score.arguments(commands)
 
     plot.arguments(commands)
     planner.arguments(commands)
@@ -85,6 +87,8 @@ def _run(arguments) -> int:
         return compare.run(arguments)
     if arguments.command == "eval":
         return evaluation.run(arguments)
+    if arguments.command == "context":
+        return context_score.run(arguments)
     records = record.read_all(arguments.root)
     if arguments.command in ("changes", "readme"):
         return _render(arguments, records)

@@ -14,6 +14,7 @@ from rich.console import Console
 from transformers.utils import logging
 
 from fastllama import FastConfig, demo
+from fastllama.decode.context.choose import shifts
 from fastllama.lab import checkpoint, digest, quality, score_file, score_table, windows, workload
 from fastllama.lab.checkpoint import Checkpoint
 from fastllama.lab.environment import environment
@@ -89,7 +90,12 @@ def subjects(given: dict[str, list[str]], single: list[str]) -> list[Subject]:
             twice = sorted(flags.keys() & own.keys())
             if twice:
                 raise ValueError(f"{twice[0]} is given both as a flag and in --subject")
-            FastConfig(**{name: value for name, value in (flags | own).items() if name != "dtype"})
+            config = FastConfig(**{name: value for name, value in (flags | own).items() if name != "dtype"})
+            if shifts(config):
+                raise ValueError(
+                    "context_shift=true cannot be scored here: windows of a text never fill the cache; "
+                    "python -m fastllama.lab context scores it"
+                )
             if flags | own not in made:
                 made.append(flags | own)
     return [Subject(values) for values in made]

@@ -76,6 +76,28 @@ REASONS = (
         lambda kept, default: kept["new_tokens"] == 1,
     ),
     Reason(
+        ("context_shift", "keep"),
+        "the text of {prompt_length} + {new_tokens} tokens fits the cache",
+        lambda kept, default: kept["prompt_length"] + kept["new_tokens"] <= kept["cache_length"],
+    ),
+    Reason(
+        ("keep",),
+        "without context_shift nothing is dropped",
+        lambda kept, default: not _of("context_shift", kept),
+    ),
+    Reason(
+        ("grp_attn_w",),
+        "grp_attn_n=1 is no self-extend",
+        lambda kept, default: _of("grp_attn_n", kept) == 1,
+    ),
+    Reason(
+        ("grp_attn_n", "grp_attn_w"),
+        "the text of {prompt_length} + {new_tokens} tokens fills no window",
+        lambda kept, default: (
+            kept["prompt_length"] + kept["new_tokens"] <= min(_of("grp_attn_w", each) for each in (kept, default))
+        ),
+    ),
+    Reason(
         ("compile", "fuse", "products"),
         "both ran as {path}",
         lambda kept, default: kept["path"] == default["path"],

@@ -10,6 +10,7 @@ from fastllama.lab.assistance import Assistance
 from fastllama.lab.point import DTYPES, Point
 from fastllama.lab.sampler import Sampler
 from fastllama.lab.workload import Workload
+from fastllama.model.config import require_allowed
 
 _TRUTHS = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}
 
@@ -104,8 +105,9 @@ def _of_table(cls, place: str, table: dict) -> list[Option]:
     ]
 
 
-def _of_values(cls, place: str) -> list[Option]:
-    """A validated dataclass refuses by itself."""
+def _of_values(cls, place: str, refuse=None) -> list[Option]:
+    """A validated dataclass refuses by itself, or `refuse(name, value)` what no other value could make allowed."""
+    refuse = refuse or (lambda name, value: cls(**{name: value}))
     return [
         Option(
             part.name,
@@ -113,7 +115,7 @@ def _of_values(cls, place: str) -> list[Option]:
             _kinds(part.type),
             part.default,
             part.metadata["allowed"],
-            lambda value, name=part.name: cls(**{name: value}) and None,
+            lambda value, name=part.name: refuse(name, value) and None,
         )
         for part in fields(cls)
     ]
@@ -123,7 +125,7 @@ OPTIONS = {
     option.name: option
     for option in (
         *_of_table(Point, "point", _OF_POINT),
-        *_of_values(fastllama.FastConfig, "switch"),
+        *_of_values(fastllama.FastConfig, "switch", require_allowed),
         *_of_table(Workload, "workload", _OF_WORKLOAD),
         *_of_values(Sampler, "sampler"),
         *_of_values(Assistance, "assistance"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 import fastllama
+from fastllama.decode.context.choose import shifts
 from fastllama.lab.assistance import Assistance
 from fastllama.lab.workload import Workload
 
@@ -47,7 +48,9 @@ class Point:
                 raise ValueError("--static-cache is transformers' own cache: leave out --preallocate")
         else:
             self._require_vanilla()
-        if self.cache_length is not None and self.cache_length < self.workload.total_length:
+        # What shifts needs a position beside the prompt.
+        new_tokens = 1 if self.preallocate and shifts(self.config) else self.workload.new_tokens
+        if self.cache_length is not None and self.cache_length < self.workload.prompt_length + new_tokens:
             raise ValueError(
                 f"a cache of {self.cache_length} positions is too short for a prompt of "
                 f"{self.workload.prompt_length} and {self.workload.new_tokens} new tokens"
@@ -101,7 +104,7 @@ class Point:
         """The switches given that may change tokens in fp32 as well, with their values."""
         known = fastllama.FastConfig.__dataclass_fields__
         given = {name: value for name, value in self.switches.items() if not known[name].metadata["lossless"]}
-        return {name: value for name, value in given.items() if value is not None}
+        return {name: value for name, value in given.items() if value != known[name].default}
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -12,6 +12,7 @@ import torch
 
 from fastllama import demo
 from fastllama.cache.budget import available_bytes
+from fastllama.decode.context.choose import shifts
 from fastllama.lab import checkpoint, contestant, parity, windows, workload
 from fastllama.lab.checkpoint import Checkpoint
 from fastllama.lab.contestant import Contestant
@@ -176,6 +177,8 @@ def of_point(measured: Point, found: Checkpoint) -> tuple[dict | None, str | Non
     """
     if demo.is_random(measured.model):
         return None, "random weights say nothing about quality"
+    if shifts(measured.config):
+        return None, "windows of a text never fill the cache: python -m fastllama.lab context scores context_shift"
     switches = {**measured.switches, "compile": "native" if measured.compile == "native" else "no"}
     try:
         reference = _reference_of(found.place, measured.model, measured.dtype, measured.device)

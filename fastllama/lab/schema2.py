@@ -102,8 +102,9 @@ ENVIRONMENT = {
     "variables": object_,
 }
 DIVERGENCE = {"row": small_count, "position": small_count, "margin": or_null(number)}
-# Those of which any value but null makes a point lossy: its ids are called equal to no others.
-LOSSY_SWITCHES = ("weights", "cache_k", "cache_v")
+# Those of which any value but null, and but what is off, makes a point lossy: its ids are called equal to no others.
+LOSSY_SWITCHES = ("weights", "cache_k", "cache_v", "context_shift", "keep", "grp_attn_n", "grp_attn_w")
+LOSSY_OFF = {"context_shift": False, "keep": 0, "grp_attn_n": 1, "grp_attn_w": 512}
 # A point without a sampler took the likeliest token. A lossy one has a score, or the reason why there is none.
 # predicted_mb: 10^6 bytes, before anything was loaded. assisted: lab/assisted.py says more.
 _OPTIONAL = {"sampler": object_, "score": or_null(object_), "not_scored": or_null(name), "predicted_mb": number}
@@ -159,7 +160,8 @@ def _check_parity(point: dict) -> None:
 
 def lossy_switches(point: dict) -> dict:
     """The switches of a stored point that make it lossy, with their values."""
-    return {name: value for name in LOSSY_SWITCHES if (value := point["switches"].get(name)) is not None}
+    found = {name: point["switches"].get(name) for name in LOSSY_SWITCHES}
+    return {name: value for name, value in found.items() if value not in (None, LOSSY_OFF.get(name))}
 
 
 def _check_score(point: dict) -> None:
@@ -174,7 +176,9 @@ def _check_score(point: dict) -> None:
 
 
 def _check_sizes(point: dict) -> None:
-    if point["cache_length"] < point["prompt_length"] + point["new_tokens"]:
+    shifts = point["switches"].get("context_shift") and point["switches"].get("grp_attn_n", 1) == 1
+    needed = point["prompt_length"] + (1 if shifts else point["new_tokens"])
+    if point["cache_length"] < needed:
         raise ValueError(f"field cache_length is {point['cache_length']}, too short for prompt and new tokens")
     if point["distinct_tokens"] > point["new_tokens"]:
         raise ValueError(f"field distinct_tokens is {point['distinct_tokens']} of {point['new_tokens']} new tokens")

@@ -60,20 +60,55 @@ class FastConfig:
         lossless=False,
     )
 
+    context_shift: bool = _switch(
+        False,
+        "go on when the cache is full: drop the older half of what a row holds behind its first keep tokens, and move "
+        "the rest down",
+        "True, False",
+        lossless=False,
+    )
+    keep: int = _switch(
+        0,
+        "tokens at the start of the prompt that context_shift never drops, beside the one that begins a text; -1 is "
+        "the whole prompt",
+        "an integer >= -1",
+        lossless=False,
+    )
+    grp_attn_n: int = _switch(
+        1,
+        "self-extend: tokens that share a position, in all windows but the newest; 1 is off",
+        "an integer >= 1",
+        lossless=False,
+    )
+    grp_attn_w: int = _switch(
+        512, "self-extend: tokens of a window, a multiple of grp_attn_n", "an integer >= 1", lossless=False
+    )
+
     def __post_init__(self):
         for switch in fields(self):
-            value = getattr(self, switch.name)
-            if not _IS_ALLOWED[switch.name](value):
-                raise ValueError(f"{switch.name}={value!r} is not allowed; allowed: {switch.metadata['allowed']}")
+            require_allowed(switch.name, getattr(self, switch.name))
         if self.compile == "fullgraph":
             object.__setattr__(self, "compile", "static")
         if self.compile == "native" and (self.products not in ("auto", "native") or self.fuse != "all"):
             name, value = ("fuse", self.fuse) if self.fuse != "all" else ("products", self.products)
             raise ValueError(f"compile='native' brings its own products: {name}={value!r} cannot be honoured beside it")
+        if self.grp_attn_w % self.grp_attn_n:
+            raise ValueError(f"grp_attn_w={self.grp_attn_w} is not a multiple of grp_attn_n={self.grp_attn_n}")
+
+
+def require_allowed(name: str, value) -> None:
+    """Raises `ValueError` for a value that no `FastConfig` may have, whatever else it has."""
+    if not _IS_ALLOWED[name](value):
+        allowed = FastConfig.__dataclass_fields__[name].metadata["allowed"]
+        raise ValueError(f"{name}={value!r} is not allowed; allowed: {allowed}")
+
+
+def _is_int(value, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _at_least_16(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 16
+    return _is_int(value, 16)
 
 
 _IS_ALLOWED = {
@@ -85,4 +120,8 @@ _IS_ALLOWED = {
     "weights": lambda value: value is None or value in WEIGHTS,
     "cache_k": lambda value: value is None or value in FORMATS,
     "cache_v": lambda value: value is None or value in FORMATS,
+    "context_shift": lambda value: isinstance(value, bool),
+    "keep": lambda value: _is_int(value, -1),
+    "grp_attn_n": lambda value: _is_int(value, 1),
+    "grp_attn_w": lambda value: _is_int(value, 1),
 }
