@@ -1,7 +1,8 @@
 """fastllama: a drop-in LlamaForCausalLM that generates the same tokens, faster."""
 
+from fastllama.decode.many.result import Generated
 from fastllama.llama import LlamaForCausalLM
 from fastllama.model.config import FastConfig
 from fastllama.registration import register, unregister
 
-__all__ = ["FastConfig", "LlamaForCausalLM", "register", "unregister"]
+__all__ = ["FastConfig", "Generated", "LlamaForCausalLM", "register", "unregister"]
