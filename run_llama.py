@@ -107,6 +107,10 @@ def _parser() -> argparse.ArgumentParser:
     for flag in SAMPLER_FLAGS:
         drawing.add_argument(flag, metavar="X")
     _add_assistance(parser.add_argument_group("assistance (ours is timed with it and without, in turns)"))
+    many = parser.add_argument_group("many prompts (ours generates for each of them, and nothing is measured)")
+    many.add_argument("--prompts", metavar="FILE", help='a JSON object a line: {"prompt": "text"}')
+    many.add_argument("--out", metavar="FILE", help="a JSON object a line for each of them; resumes what was interrupted")
+    many.add_argument("--slots", type=_size, metavar="N", help="prompts that are decoded together (8)")
     how = parser.add_argument_group("how it is measured")
     what.add_argument("--products", help="how a CPU multiplies: auto, stock, native or packed")
     how.add_argument("--runs", type=_size, help=f"timed runs ({NUM_RUNS}; 10 in a sweep)")
@@ -202,7 +206,22 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         parser.error("--dry-run measures nothing: leave out --profile, --memory-profile and --record")
     if options.task is not None:
         _refuse_beside_task(parser, options)
+    _check_prompts(parser, options)
     return options
+
+
+def _check_prompts(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """--prompts and --out go together, and beside them stands what says how to generate."""
+    if (options.prompts is None) != (options.out is None) or (options.slots and options.prompts is None):
+        parser.error("--prompts, --out and --slots go together: what to generate for, where to write it, how many at once")
+    names = ("task", "batch_size", "prompt_length", "prompt_file", "sweep", "dry_run", "retry_failed", "profile", "json")
+    names += ("memory_profile", "memory_only", "profile_point", "record", "format", "static_cache", "draft", "runs")
+    names += ("prompt_lookup", "draft_weights")
+    given = [name for name in names if getattr(options, name)]
+    if options.prompts is not None and given:
+        parser.error(f"--prompts has its own prompts and measures nothing: leave out --{given[0].replace('_', '-')}")
+    if options.prompts is not None and len(options.new_tokens or [1]) > 1:
+        parser.error("--prompts takes one --new-tokens; a line of the file can have its own max_new_tokens")
 
 
 def _refuse_beside_task(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -227,6 +246,15 @@ def _run_task(options: argparse.Namespace) -> int:
         lines = run.run(task, options.json, begin)
     Console().print(table.of(lines))
     return 0
+
+
+def _run_many(options: argparse.Namespace) -> int:
+    from fastllama.lab import many
+    from fastllama.lab.option import OPTIONS
+
+    given = {name: value for name in OPTIONS if name != "new_tokens" and (value := getattr(options, name)) is not None}
+    new_tokens = (options.new_tokens or NEW_TOKENS)[0]
+    return many.run(given, Path(options.prompts), Path(options.out), options.slots, new_tokens, print)
 
 
 def _plan(options: argparse.Namespace):
@@ -274,6 +302,8 @@ def _run(options: argparse.Namespace) -> int:
     hub_logging.set_verbosity_error()  # a hub out of reach is one error, not ten retries
     if options.task is not None:
         return _run_task(options)
+    if options.prompts is not None:
+        return _run_many(options)
     if options.record is not None:
         record.check_recordable(options.commit)
     if options.format is not None:

@@ -1,9 +1,10 @@
 """fastllama: a drop-in LlamaForCausalLM that generates the same tokens, faster."""
 
+from fastllama.decode.many.results import Generated
 from fastllama.decode.sampling.options import Sampling
 from fastllama.decode.sampling.processor import SamplingProcessor
 from fastllama.llama import LlamaForCausalLM
 from fastllama.model.config import FastConfig
 from fastllama.registration import register, unregister
 
-__all__ = ["FastConfig", "LlamaForCausalLM", "Sampling", "SamplingProcessor", "register", "unregister"]
+__all__ = ["FastConfig", "Generated", "LlamaForCausalLM", "Sampling", "SamplingProcessor", "register", "unregister"]

@@ -15,6 +15,8 @@ from fastllama.decode.assisted.support import ASKED
 from fastllama.decode.context.choose import require_unassisted
 from fastllama.decode.engine import Engine
 from fastllama.decode.loop import sample_loop
+from fastllama.decode.many.call import SHARED, run_many
+from fastllama.decode.many.result import Generated
 from fastllama.decode.prompt import unpad
 from fastllama.decode.reservation import within
 from fastllama.decode.sampling import call as sampling_call
@@ -196,6 +198,34 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         if self._path is None:
             self._say_parent("this decoding mode is not sped up")
         return result
+
+    @_on_ordinary_tensors
+    def generate_many(
+        self,
+        prompts,
+        slots: int | None = None,
+        max_new_tokens=None,
+        generation_config=None,
+        chunk: int | None = None,
+        shared_prefix: int | None = SHARED,
+        on_result=None,
+        **kwargs,
+    ) -> list[Generated]:
+        """Generates for any number of prompts, `slots` at a time; a finished prompt's place is taken at once.
+
+        `prompts`: lists of token ids or 1-D tensors, every id of which counts. `slots` (8, or the rows that
+        `preallocate` reserved) rows decode together. `max_new_tokens`: a number, or one for each prompt. A newcomer is
+        prefilled `chunk` tokens at a time between steps. What all prompts begin with is computed once where it has
+        `shared_prefix` tokens (None: never). `generation_config` and `kwargs` are `generate`'s; max_time counts from
+        this call, and processors and criteria see one row at a time. Returns a `Generated` for each prompt, in order;
+        `on_result(index, result)` is called as soon as one is there. A prompt that cannot run has an error in its
+        result, and the others go on. Raises `ValueError` for what is not allowed or only the parent's code can do,
+        `MemoryError` for slots that do not fit.
+        """
+        self._path = self._assisted = None
+        how = (slots, max_new_tokens, generation_config, chunk, shared_prefix, on_result, kwargs)
+        results, self._path = run_many(self, self._engine, prompts, *how)
+        return results
 
     def _sample(
         self,

@@ -325,6 +325,11 @@ class Engine:
             self.cache.valid_past_index.copy_(torch.tensor(lengths + idle))
         self._used, self._mask_is_stale = max(lengths), True
 
+    def hold(self, rows: int, used: int, written: int) -> None:
+        """Says what the cache holds where a caller fills its rows one by one: up to `used` positions are in use, and up
+        to `written` hold anything."""
+        self._rows, self._used, self._written = rows, used, max(written, self._written)
+
     def widest(self) -> int | None:
         """Tokens of a row that the native step takes at once; None where it does not run."""
         return None if self._native is None else max(NATIVE_ROWS // self.cache.shape.batch_size, 1)
