@@ -216,8 +216,8 @@ def test_one_row_takes_any_processor_and_criterion(models, sampling):
 
 def test_long_calls_grow_both_caches():
     ours, draft = pair(max_position_embeddings=2048)[1], noisy(pair(max_position_embeddings=2048)[1], 0.05)
-    expected = generate(ours, prompt("one"), max_new_tokens=700, **GREEDY)
-    assert torch.equal(generate(ours, prompt("one"), max_new_tokens=700, **splitting(draft), **GREEDY), expected)
+    expected = generate(ours, prompt("one"), max_new_tokens=560, **GREEDY)
+    assert torch.equal(generate(ours, prompt("one"), max_new_tokens=560, **splitting(draft), **GREEDY), expected)
 
 
 def test_the_demo_splits_where_its_draft_is_in_two_minds():
@@ -268,14 +268,13 @@ def test_siblings_stand_in_turn_by_hand():
 
 
 def test_what_is_left_is_without_the_siblings():
-    p = torch.tensor([0.5, 0.3, 0.2])
-    torch.testing.assert_close(without(p, [0, 2]), torch.tensor([0.0, 0.3, 0.0]))
-    assert without(p, []).equal(p)
-    assert without(p, [0, 1, 2]).equal(p)
+    p = torch.tensor([0.5, 0.3, 0.2]).repeat(3, 1)
+    left = without(p, [[0, 2], [], [0, 1, 2]])
+    torch.testing.assert_close(left, torch.tensor([[0.0, 0.3, 0.0], [0.5, 0.3, 0.2], [0.5, 0.3, 0.2]]))
 
 
 def in_a_tree(draft) -> dict:
-    return chain(draft) | {"p_split": 0.1, "draft_branches": 4}
+    return chain(draft, 2) | {"p_split": 0.1, "draft_branches": 3}
 
 
 @pytest.mark.parametrize("options", [HOT, WARM, NARROW], ids=["hot", "warm", "narrow"])
@@ -308,13 +307,12 @@ def test_a_broken_rule_is_found(sampled, monkeypatch, name, broken):  # noqa: F8
     vanilla, ours, draft = sampled
     room(ours, draft)
     monkeypatch.setattr(verify, name, broken)
-    assert improbability(ours, exact(vanilla, HOT), HOT, texts=20_000, **in_a_tree(draft)) < 1e-6
+    assert improbability(ours, exact(vanilla, HOT), HOT, texts=10_000, **in_a_tree(draft)) < 1e-6
 
 
 def test_draws_of_what_is_left_never_repeat_a_sibling():
     torch.manual_seed(0)
-    left = torch.stack([without(torch.full((4,), 0.25), [1, 2])] * 100)
-    assert set(draw(left).tolist()) == {0, 3}
+    assert set(draw(without(torch.full((100, 4), 0.25), [[1, 2]] * 100)).tolist()) == {0, 3}
 
 
 # refused

@@ -44,10 +44,12 @@ def stands(chances: list[float], uniforms: list[float]) -> int | None:
     return None
 
 
-def without(target_V: torch.Tensor, tokens: list[int]) -> torch.Tensor:
-    """p without these tokens, not normalised; p itself where rounding leaves nothing of it."""
-    left_V = target_V.index_fill(0, torch.tensor(tokens, dtype=torch.int64, device=target_V.device), 0.0)
-    return torch.where(left_V.sum() > 0, left_V, target_V)
+def without(target_BV: torch.Tensor, tokens: list[list[int]]) -> torch.Tensor:
+    """p without these tokens of each row, not normalised; p itself where rounding leaves nothing of it."""
+    rows = [row for row, some in enumerate(tokens) for _ in some]
+    places_2N = torch.tensor([rows, [token for some in tokens for token in some]], dtype=torch.int64)
+    left_BV = target_BV.index_put(tuple(places_2N.to(target_BV.device)), target_BV.new_zeros(()))
+    return torch.where(left_BV.sum(-1, keepdim=True) > 0, left_BV, target_BV)
 
 
 def speculative(

@@ -3,6 +3,7 @@
 Legend: B rows, Q newest tokens, T tokens of the tree, the newest last.
 """
 
+import numpy as np
 import torch
 
 from fastllama.model.tree import Branching
@@ -92,27 +93,36 @@ def verified(trees: list[Tree], newest: list[int], device: torch.device) -> tupl
 
     Rows with fewer nodes end in tokens that nobody else sees.
     """
-    total = max(map(len, trees)) + 1
-    ids, depths, seen_BTT = [], [], torch.eye(total, dtype=torch.bool).repeat(len(trees), 1, 1)
-    for row, (tree, token) in enumerate(zip(trees, newest, strict=True)):
-        padding = [0] * (total - 1 - len(tree))
-        ids.append([token, *tree.tokens[1:], *padding])
-        depths.append(tree.depths + padding)
-        for node in tree.nodes:
-            seen_BTT[row, node] |= seen_BTT[row, tree.parents[node]]
-    return torch.tensor(ids, device=device), Branching(torch.tensor(depths, device=device), seen_BTT.to(device))
+    total, rows = max(map(len, trees)) + 1, np.arange(len(trees))
+    ids, parents, depths = (np.zeros((len(trees), total), np.int64) for _ in range(3))
+    parents[:] = np.arange(total)
+    for row, tree in enumerate(trees):
+        nodes = len(tree) + 1
+        ids[row, :nodes], parents[row, 1:nodes], depths[row, :nodes] = tree.tokens, tree.parents[1:], tree.depths
+    ids[:, 0] = newest
+    seen_BTT = np.eye(total, dtype=bool)[None].repeat(len(trees), 0)
+    for node in range(1, total):  # parents come before
+        seen_BTT[:, node] |= seen_BTT[rows, parents[:, node]]
+    return _on(device, ids, depths, seen_BTT)
 
 
-def drafted(trees: list[Tree], nodes: list[list[int]], before: int, device: torch.device) -> tuple:
+def drafted(
+    trees: list[Tree], nodes: list[list[int]], before: int, device: torch.device
+) -> tuple[torch.Tensor, Branching]:
     """(ids [B, Q], who sees whom) for a draft's pass over the newest `nodes` of each row, `before` tokens of the tree
     being in its cache; notes where they come to lie."""
     wide = max(map(len, nodes))
-    ids, depths = torch.zeros(len(trees), wide, dtype=torch.int64), torch.zeros(len(trees), wide, dtype=torch.int64)
-    seen_BQT = torch.zeros(len(trees), wide, before + wide, dtype=torch.bool)
+    ids, depths = (np.zeros((len(trees), wide), np.int64) for _ in range(2))
+    seen_BQT = np.zeros((len(trees), wide, before + wide), bool)
     seen_BQT[:, range(wide), range(before, before + wide)] = True
     for row, (tree, some) in enumerate(zip(trees, nodes, strict=True)):
         for column, node in enumerate(some):
             tree.places[node] = before + column
             ids[row, column], depths[row, column] = tree.tokens[node], tree.depths[node] - 1
             seen_BQT[row, column, [tree.places[each] for each in tree.path(node)]] = True
-    return ids.to(device), Branching(depths.to(device), seen_BQT.to(device))
+    return _on(device, ids, depths, seen_BQT)
+
+
+def _on(device: torch.device, ids, depths, seen) -> tuple[torch.Tensor, Branching]:
+    ids, depths, seen = (torch.from_numpy(each).to(device) for each in (ids, depths, seen))
+    return ids, Branching(depths, seen)

@@ -107,13 +107,14 @@ class ProcessedVerifier:
         rows_N, parents_N, tokens_N = torch.tensor(places, device=p_BTV.device).T
         chances = iter(p_BTV[rows_N, parents_N, tokens_N].tolist())
         uniforms = iter(torch.rand(len(places), dtype=p_BTV.dtype, device=p_BTV.device).tolist())
-        paths, left = [], []
-        for row, tree in enumerate(trees):
+        paths, rejected = [], []
+        for tree in trees:
             numbers = [(0.0, 0.0)] + [(next(chances), next(uniforms)) for _ in tree.nodes]
             path, following = _descended(tree, numbers)
             paths.append(path)
-            left.append(without(p_BTV[row, path[-1] if path else 0], following))
-        ends = draw(torch.stack(left)).tolist()
+            rejected.append(following)
+        last_BV = p_BTV[torch.arange(len(trees)), [path[-1] if path else 0 for path in paths]]
+        ends = draw(without(last_BV, rejected)).tolist()
         found = zip(trees, paths, ends, strict=True)
         return [([*(tree.tokens[node] for node in path), end], path) for tree, path, end in found]
 
