@@ -156,6 +156,15 @@ def _add_assistance(group) -> None:
         help="hold the draft in fewer bits; without --draft, the model's own weights",
     )
     group.add_argument(
+        "--p-split", metavar="P", help="a draft's branch splits for candidates more probable than this (0.1)"
+    )
+    group.add_argument(
+        "--draft-branches",
+        metavar="B",
+        help="branches of a draft at most, all verified in one pass (1; 4 with --p-split)",
+    )
+    group.add_argument("--draft-device", metavar="WHERE", help="cpu, cuda, ...: where the draft runs (the target's)")
+    group.add_argument(
         "--task",
         choices=("decode", "benchmark", "lookup"),
         help="a table of examples in place of a point: ten short prompts; prompts of 256 to 1968 tokens; or prompts "

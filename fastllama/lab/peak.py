@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from fastllama.cache.budget import available_bytes
 from fastllama.decode.chunks import automatic_chunk
-from fastllama.lab import checkpoint, memory
+from fastllama.lab import checkpoint, drafting, memory
 from fastllama.lab.assistance import Assistance
 from fastllama.lab.point import Point
 from fastllama.lab.workload import Workload
@@ -109,7 +109,8 @@ def predict(point: Point, name: str, base: int | None = None) -> Peak:
         base = base_bytes() if torch.device(point.device).type == "cpu" else 0
     if name == "ours":
         own = _ours(point, config, base)
-        return _with_draft(point, own) if point.assistance.drafts else own
+        # A draft on another kind of device takes none of this one's memory.
+        return _with_draft(point, own) if point.assistance.drafts and not drafting.is_elsewhere(point) else own
     weights = parameters * point.torch_dtype.itemsize
     if name == "static":
         return Peak(base, weights, *_static(point, config))

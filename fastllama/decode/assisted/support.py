@@ -23,7 +23,7 @@ _KNOWN_CRITERIA = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStr
 _OTHER_WAYS = ("assistant_early_exit", "use_mtp", "speculation_type", "assistant_ensemble_weight")
 _DEFAULT_TOKENS = 20
 _DEFAULT_NGRAM = 2
-_DEFAULT_SPLIT, _DEFAULT_BRANCHES = 0.1, 4  # where only the other is given; p_split is llama.cpp's
+DEFAULT_SPLIT, DEFAULT_BRANCHES = 0.1, 4  # where only the other is given; p_split is llama.cpp's
 
 
 class Asked(NamedTuple):
@@ -38,7 +38,7 @@ class Asked(NamedTuple):
     threshold: float
     ngram: int
     kept_by_draft: bool
-    p_split: float = _DEFAULT_SPLIT
+    p_split: float = DEFAULT_SPLIT
     branches: int = 1
 
     @property
@@ -106,8 +106,8 @@ def _splitting(p_split, branches, draft: nn.Module | None) -> dict:
         name, given = ("p_split", p_split) if p_split is not None else ("draft_branches", branches)
         raise ValueError(f"{name}={given!r} is for a draft model: prompt lookup proposes one branch")
     return {
-        "p_split": _DEFAULT_SPLIT if p_split is None else float(p_split),
-        "branches": _DEFAULT_BRANCHES if branches is None else branches,
+        "p_split": DEFAULT_SPLIT if p_split is None else float(p_split),
+        "branches": DEFAULT_BRANCHES if branches is None else branches,
     }
 
 
