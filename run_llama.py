@@ -109,7 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_assistance(parser.add_argument_group("assistance (ours is timed with it and without, in turns)"))
     many = parser.add_argument_group("many prompts (ours generates for each of them, and nothing is measured)")
     many.add_argument("--prompts", metavar="FILE", help='a JSON object a line: {"prompt": "text"}')
-    many.add_argument("--out", metavar="FILE", help="a JSON object a line for each of them; resumes what was interrupted")
+    many.add_argument(
+        "--out", metavar="FILE", help="a JSON object a line for each of them; resumes what was interrupted"
+    )
     many.add_argument("--slots", type=_size, metavar="N", help="prompts that are decoded together (8)")
     how = parser.add_argument_group("how it is measured")
     what.add_argument("--products", help="how a CPU multiplies: auto, stock, native or packed")
@@ -173,6 +175,15 @@ def _add_assistance(group) -> None:
         help="hold the draft in fewer bits; without --draft, the model's own weights",
     )
     group.add_argument(
+        "--p-split", metavar="P", help="a draft's branch splits for candidates more probable than this (0.1)"
+    )
+    group.add_argument(
+        "--draft-branches",
+        metavar="B",
+        help="branches of a draft at most, all verified in one pass (1; 4 with --p-split)",
+    )
+    group.add_argument("--draft-device", metavar="WHERE", help="cpu, cuda, ...: where the draft runs (the target's)")
+    group.add_argument(
         "--task",
         choices=("decode", "benchmark", "lookup"),
         help="a table of examples in place of a point: ten short prompts; prompts of 256 to 1968 tokens; or prompts "
@@ -213,8 +224,20 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 def _check_prompts(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """--prompts and --out go together, and beside them stands what says how to generate."""
     if (options.prompts is None) != (options.out is None) or (options.slots and options.prompts is None):
-        parser.error("--prompts, --out and --slots go together: what to generate for, where to write it, how many at once")
-    names = ("task", "batch_size", "prompt_length", "prompt_file", "sweep", "dry_run", "retry_failed", "profile", "json")
+        parser.error(
+            "--prompts, --out and --slots go together: what to generate for, where to write it, how many at once"
+        )
+    names = (
+        "task",
+        "batch_size",
+        "prompt_length",
+        "prompt_file",
+        "sweep",
+        "dry_run",
+        "retry_failed",
+        "profile",
+        "json",
+    )
     names += ("memory_profile", "memory_only", "profile_point", "record", "format", "static_cache", "draft", "runs")
     names += ("prompt_lookup", "draft_weights")
     given = [name for name in names if getattr(options, name)]

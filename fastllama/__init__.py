@@ -1,6 +1,6 @@
 """fastllama: a drop-in LlamaForCausalLM that generates the same tokens, faster."""
 
-from fastllama.decode.many.results import Generated
+from fastllama.decode.many.result import Generated
 from fastllama.decode.sampling.options import Sampling
 from fastllama.decode.sampling.processor import SamplingProcessor
 from fastllama.llama import LlamaForCausalLM

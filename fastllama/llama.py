@@ -11,7 +11,7 @@ from transformers.utils import logging
 from fastllama.decode.assisted.call import assisted_call
 from fastllama.decode.assisted.companions import Companions
 from fastllama.decode.assisted.report import Assisted
-from fastllama.decode.assisted.support import ASKED
+from fastllama.decode.assisted.support import ASKED, own_arguments
 from fastllama.decode.context.choose import require_unassisted
 from fastllama.decode.engine import Engine
 from fastllama.decode.loop import sample_loop
@@ -187,9 +187,10 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         if sampling is not None:
             args, kwargs = (), sampling_call.arguments(self, sampling, args, kwargs)
         self._path = self._assisted = None
+        own = own_arguments(kwargs)
         given = _given_cache.set(kwargs.get("past_key_values") is not None)
         config = args[1] if len(args) > 1 else kwargs.get("generation_config")
-        asked = _asked.set({name: kwargs.get(name, getattr(config, name, None)) for name in ASKED})
+        asked = _asked.set({name: (own | kwargs).get(name, getattr(config, name, None)) for name in ASKED})
         try:
             result = super().generate(*args, **kwargs)
         finally:

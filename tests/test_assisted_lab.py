@@ -1,7 +1,7 @@
 """Assistance in the laboratory: its options, what is refused, the contestants, and what a record says of it."""
 
 import copy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -37,6 +37,7 @@ from tests import command, fake_records
 from tests.test_measure import write_tiny
 
 DRAFT = Assistance(draft="demo-draft", draft_tokens=3, draft_schedule="constant")
+BESIDE = replace(DRAFT, draft_device="cpu")
 
 
 def a_point(model="demo", assistance=DRAFT, new_tokens=8, sampler=None, **more) -> Point:
@@ -69,6 +70,10 @@ def record():
         ("draft_tokens", 1.5),
         ("draft_schedule", "heuristics"),
         ("draft_weights", "int3"),
+        ("p_split", 1.5),
+        ("p_split", "0.1"),
+        ("draft_branches", 0),
+        ("draft_device", "gpu"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_allowed(name, value):
@@ -77,7 +82,8 @@ def test_a_wrong_value_is_named_with_what_is_allowed(name, value):
 
 
 def test_its_command_line_gives_a_point_back():
-    for assistance in (DRAFT, Assistance(prompt_lookup=4, draft_schedule="constant"), Assistance(draft_weights="int8")):
+    lookup, own = Assistance(prompt_lookup=4, draft_schedule="constant"), Assistance(draft_weights="int8")
+    for assistance in (DRAFT, lookup, own, replace(DRAFT, draft_tokens=2, p_split=0.25, draft_branches=3), BESIDE):
         point = a_point(assistance=assistance)
         assert Point.from_dict(asdict(point)) == point
         (again,) = run_llama._plan(run_llama._parse(point.command().split()[2:])).points
@@ -120,6 +126,19 @@ def test_a_sweep_over_drafted_tokens_has_points_of_their_own():
         (["--preallocate", "--draft", "no/such", "--draft-schedule", "fast"], "draft_schedule='fast' is not allowed"),
         (["--preallocate", "--draft", "/no/folder"], "there is no model folder /no/folder"),
         (["--preallocate", "--profile", "--draft", "demo-draft"], "--profile shows plain steps: leave out --draft"),
+        (["--preallocate", "--p-split", "0.1"], "--p-split needs --draft or --draft-weights"),
+        (["--preallocate", "--draft-device", "cpu"], "--draft-device needs --draft or --draft-weights"),
+        (["--preallocate", "--prompt-lookup", "3", "--draft-branches", "2"], "--draft-branches is for a model that"),
+        (
+            ["--preallocate", "--draft", "demo-draft", "--p-split", "-1"],
+            "p_split='-1' is not allowed; allowed: None or",
+        ),
+        (["--preallocate", "--draft", "demo-draft", "--draft-branches", "0"], "draft_branches='0' is not allowed"),
+        (
+            ["--preallocate", "--draft", "demo-draft", "--draft-tokens", "5", "--draft-branches", "4"],
+            "4 branches of 5 tokens (--draft-branches, --draft-tokens) are more than the target",
+        ),
+        (["--preallocate", "--draft", "demo-draft", "--draft-device", "meta"], "device 'meta' holds no numbers"),
         (["--task", "decode", "--batch-size", "2"], "leave out --batch-size"),
         (["--task", "decode", "--record", "it"], "leave out --record"),
         (["--task", "decode", "--preallocate", "--draft", "demo-draft", "--draft-tokens", "30"], "30 does not fit"),
@@ -252,6 +271,40 @@ def test_the_log_keeps_assisted_rows_apart(record):
 def test_the_peak_counts_the_draft():
     with_draft, alone = (peak.predict(a_point(assistance=how), "ours", base=0) for how in (DRAFT, Assistance()))
     assert with_draft.weights > 1.1 * alone.weights and with_draft.cache > alone.cache
+
+
+def test_a_tree_is_measured_and_told():
+    how = replace(DRAFT, draft_tokens=2, p_split=0.02, draft_branches=4, draft_device="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "peaks", lambda point, name: memory.Peaks(10.0, 20.0, 0.5, 1.0))
+        patch.setattr(measure, "Ceiling", lambda device: ceiling.Ceiling(device, 2**20))
+        found = measure.measure(a_point(assistance=how, runs=1))
+    told = found["assisted"]
+    assert (told["mode"], told["parity"], told["p_split"], told["draft_device"]) == ("tree", "exact", 0.02, "cpu")
+    report = told["reports"][0]
+    assert report["draft_tokens"] > 2 * 2 * (report["target_forwards"] - 1)  # two rows of two tokens, and more branches
+    assert "4 branches split above 0.02" in found["path"]
+    header = {name: value for name, value in fake_records.fake_record().items() if name not in fake_records.point()}
+    schema.check_record(digest.seal({**header, **found, "source_sha256": "ab" * 32}), "the record")
+    assert figures.assistance(found) == "draft demo-draft on cpu K 2, 4 branches above 0.02, constant"
+    row = tables.of([found])["points"].objects[0]
+    assert (row["p_split"], row["draft_branches"]) == (0.02, 4)
+
+
+def test_a_record_of_before_the_options_that_came_later_is_as_it_was(record):
+    assert not {"p_split", "draft_branches", "draft_device"} & record["assisted"].keys()
+    assert option.stored(record, "draft_branches") is None
+
+
+def test_a_draft_elsewhere_is_compiled_for_its_device(monkeypatch):
+    native = a_point(assistance=BESIDE, switches={"compile": "native"})
+    assert drafting.config(native).compile == "native" and not drafting.is_elsewhere(native)
+    monkeypatch.setattr(drafting, "is_elsewhere", lambda point: True)
+    for given, wanted in (("static", "native"), ("native", "native"), ("no", "no")):
+        switches = {"compile": given} | ({} if given == "native" else {"products": "stock", "fuse": "no"})
+        assert drafting.config(a_point(assistance=BESIDE, switches=switches)).compile == wanted
+    there = replace(BESIDE, draft_device="cuda")
+    assert drafting.config(a_point(assistance=there, switches={"compile": "native"})).compile == "static"
 
 
 def test_the_draft_is_reserved_like_the_target():

@@ -71,3 +71,24 @@ def test_free_returns_the_memory():
     assert abs(torch.cuda.memory_allocated() - before - promised) <= 0.05 * promised
     ours.free()
     assert torch.cuda.memory_allocated() - before <= 0.05 * promised
+
+
+@pytest.mark.parametrize("compile", ["no", "static"])
+@pytest.mark.parametrize("batch", ["one", "padded"])
+@pytest.mark.parametrize("branches", [1, 4])
+def test_a_draft_on_the_cpu_assists_a_target_here(compile, batch, branches):
+    vanilla, ours, inputs = on_gpu(batch, max_position_embeddings=256)
+    _, draft = pair(max_position_embeddings=256)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            parameter += 0.05 * parameter.std().nan_to_num(0.0) * torch.randn_like(parameter)
+    draft = draft.to(torch.bfloat16)  # as the seed's pair: a float target there, a bf16 draft here
+    ours.preallocate(inputs["input_ids"].shape[0], 64, compile=compile, bucket=16)
+    kind = {"assistant_model": draft, "num_assistant_tokens": 4, "assistant_confidence_threshold": 0.0}
+    kind |= {"p_split": 0.02, "draft_branches": branches}
+    expected = generate(vanilla, inputs, max_new_tokens=NEW, **GREEDY)
+    assert torch.equal(generate(ours, inputs, max_new_tokens=NEW, **kind, **GREEDY), expected)
+    assert ours.assisted.mode == ("draft" if branches == 1 else "tree")
+    assert ours.assisted.accepted_tokens > 0
+    generate(ours, inputs, max_new_tokens=NEW, **kind, **SAMPLED)  # what was drawn there is compared here
+    assert ours.assisted.new_tokens > 0

@@ -28,6 +28,11 @@ class FloatCache:
         self.rows_B1 = torch.arange(shape.batch_size, device=shape.device)[:, None]
         self.positions = torch.arange(shape.reserved_length, device=shape.device)
 
+    @property
+    def storages(self) -> list[torch.Tensor]:
+        """Keys and values of every layer."""
+        return [*self.keys, *self.values]
+
     def set_valid_past(self, valid_past_index: torch.Tensor) -> None:
         """Moves each row's write position to `valid_past_index` [B]: how a prefill ends, and how a step is undone."""
         self.valid_past_index.copy_(valid_past_index)
@@ -37,7 +42,7 @@ class FloatCache:
 
     def clear(self, used: int) -> None:
         """Zeroes the first `used` positions: what an overflow left there would reach later calls through 0 x NaN."""
-        for storage in (*self.keys, *self.values):
+        for storage in self.storages:
             storage[:, :, :used] = 0.0
 
     def write_prompt(self, layer: int, key_BQKD: torch.Tensor, value_BQKD: torch.Tensor, past: int) -> None:
@@ -49,6 +54,12 @@ class FloatCache:
     def floats(self, layer: int, rows: int, used: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [rows, K, used, D] of a layer."""
         return self.keys[layer][:rows, :, :used], self.values[layer][:rows, :, :used]
+
+    def move(self, row: int, sources: list[int], start: int) -> None:
+        """Copies a row's positions `sources` to start, start + 1, ...; they may overlap."""
+        index = torch.tensor(sources, device=self.shape.device)
+        for storage in self.storages:
+            storage[row, :, start : start + len(sources)] = storage[row].index_select(1, index)
 
     def grown(self, shape: CacheShape) -> "FloatCache":
         """A larger cache that holds what this one holds."""

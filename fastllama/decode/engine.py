@@ -26,6 +26,7 @@ from fastllama.model.forward import prefill_chunk, step
 from fastllama.model.native_step import NativeStep, obstacle
 from fastllama.model.rotary import RotaryTable
 from fastllama.model.small_linear import small_tensors
+from fastllama.model.tree import Branching
 from fastllama.model.weights import Weights
 
 # A reservation on first use takes no time for compiling or measuring, and leaves the weights where they are.
@@ -235,27 +236,30 @@ class Engine:
         self._rows, self._used, self._written = batch, prompt.longest, max(prompt.longest, self._written)
         return self.weights.lm_head(self.weights.norm(last_BE[:, None]))[:, 0]
 
-    def step(self, ids_BQ: torch.Tensor) -> torch.Tensor:
-        """Logits [B, Q, V] of the newest tokens, after storing them."""
+    def step(self, ids_BQ: torch.Tensor, branching: Branching | None = None) -> torch.Tensor:
+        """Logits [B, Q, V] of the newest tokens, after storing them. `branching`: they are of a tree."""
         cache = self.cache
         rows, tokens = ids_BQ.shape
         used = self._used + tokens
         if rows < cache.shape.batch_size:  # idle rows write at position 0 and are ignored
             idle = ids_BQ.new_zeros(cache.shape.batch_size - rows, tokens)
             ids_BQ = torch.cat((ids_BQ, idle))
+            branching = None if branching is None else branching.padded(len(idle))
         if self.context is not None:
             self.context.before_step(cache, self.rotary, self._used)
-        if self._native is not None and self._native.takes(*ids_BQ.shape):
+        if branching is None and self._native is not None and self._native.takes(*ids_BQ.shape):
             logits = self._native(ids_BQ.contiguous())
             self._used, self._written = used, max(used, self._written)
             return logits[:rows]
         if self._mask_is_stale:  # C++ reads no mask
             self._set_valid_past(cache.valid_past_index)
         index_BQ = cache.valid_past_index[:, None] + self._offsets(tokens)
+        # A tree is refused where the context is extended, as all assistance is.
         extended = self.context is not None and self.context.extends
-        cos_BQD, sin_BQD = self.rotary.at(index_BQ - self.context.offset_B[:, None] if extended else index_BQ)
+        positions_BQ = index_BQ - self.context.offset_B[:, None] if extended else index_BQ
+        cos_BQD, sin_BQD = self.rotary.at(positions_BQ if branching is None else branching.positions(positions_BQ))
         # Only single tokens were compiled: another count would be another graph.
-        run = self._step if tokens == 1 else step
+        run, tree = (self._step, ()) if tokens == 1 and branching is None else (step, (branching,))
         logits = run(
             self.weights,
             cache.keys,
@@ -268,6 +272,7 @@ class Engine:
             index_BQ,
             cos_BQD,
             sin_BQD,
+            *tree,
         )
         self._used, self._written = used, max(used, self._written)
         return logits[:rows]
@@ -329,6 +334,11 @@ class Engine:
         """Says what the cache holds where a caller fills its rows one by one: up to `used` positions are in use, and up
         to `written` hold anything."""
         self._rows, self._used, self._written = rows, used, max(written, self._written)
+
+    def keep_branch(self, row: int, start: int, places: list[int]) -> None:
+        """Moves a branch of a tree that began at `start` of the row to its beginning: what lies at start + places."""
+        if places != list(range(len(places))):
+            self.cache.move(row, [start + place for place in places], start)
 
     def widest(self) -> int | None:
         """Tokens of a row that the native step takes at once; None where it does not run."""

@@ -2,10 +2,15 @@
 
 from dataclasses import dataclass, field, fields
 
+import torch
+
+from fastllama.decode.assisted.support import DEFAULT_BRANCHES, DEFAULT_SPLIT
 from fastllama.model.config import FastConfig
 
 SCHEDULES = ("constant", "heuristic", "adaptive")
 DRAFT_TOKENS = 6  # where nobody says, as the seed had it
+# What prompt lookup has no use for. These came later than the other options: a record holds what was given of them.
+LATER = ("p_split", "draft_branches", "draft_device")
 _WEIGHTS = FastConfig.__dataclass_fields__["weights"].metadata["allowed"]
 
 
@@ -33,9 +38,18 @@ class Assistance:
         "adaptive", "how the number of drafted tokens follows what is accepted", ", ".join(SCHEDULES)
     )
     draft_weights: str | None = _option(None, "hold the draft's weights in fewer bits", _WEIGHTS)
+    p_split: float | None = _option(
+        None,
+        f"a branch splits for candidates more probable than this ({DEFAULT_SPLIT})",
+        "None or a number from 0 to 1",
+    )
+    draft_branches: int | None = _option(
+        None, f"branches at most, where --p-split asks for them ({DEFAULT_BRANCHES})", "None or an integer >= 1"
+    )
+    draft_device: str | None = _option(None, "where the draft runs; None is the target's device", "None or a device")
 
     def __post_init__(self):
-        for name in ("prompt_lookup", "draft_tokens"):
+        for name in ("prompt_lookup", "draft_tokens", "draft_branches"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 self._refuse(name)
@@ -43,10 +57,21 @@ class Assistance:
             self._refuse("draft")
         if self.draft_schedule not in SCHEDULES:
             self._refuse("draft_schedule")
+        if self.p_split is not None and not (type(self.p_split) in (int, float) and 0 <= self.p_split <= 1):
+            self._refuse("p_split")
+        self._check_device()
         try:
             FastConfig(weights=self.draft_weights)
         except ValueError:
             self._refuse("draft_weights")
+
+    def _check_device(self) -> None:
+        if self.draft_device is None:
+            return
+        try:
+            torch.device(self.draft_device)
+        except (RuntimeError, TypeError):
+            self._refuse("draft_device")
 
     def _refuse(self, name: str) -> None:
         allowed = self.__dataclass_fields__[name].metadata["allowed"]
@@ -68,6 +93,16 @@ class Assistance:
         return self.prompt_lookup or self.draft_tokens or DRAFT_TOKENS
 
     @property
+    def splits(self) -> bool:
+        """Whether a draft's branches are asked to split."""
+        return self.branches > 1
+
+    @property
+    def branches(self) -> int:
+        """How many branches a draft may have."""
+        return self.draft_branches or (1 if self.p_split is None else DEFAULT_BRANCHES)
+
+    @property
     def given(self) -> dict:
         """The options that are not at their default."""
         return {part.name: value for part in fields(self) if (value := getattr(self, part.name)) != part.default}
@@ -79,16 +114,24 @@ class Assistance:
     def check(self, preallocates: bool, positions: int, prompt_length: int) -> None:
         """`ValueError` where options do not go together, or do not fit a row's cache positions behind its prompt."""
         if not self.active:
-            named = [name for name in ("draft_tokens", "draft_schedule") if name in self.given]
-            if named:
-                raise ValueError(f"{_flag(named[0])} needs --draft, --draft-weights or --prompt-lookup")
+            for name in ("draft_tokens", "draft_schedule", *LATER):
+                if name in self.given:
+                    others = "or --draft-weights" if name in LATER else "--draft-weights or --prompt-lookup"
+                    raise ValueError(f"{_flag(name)} needs --draft{'' if name in LATER else ','} {others}")
             return
         if self.drafts and self.prompt_lookup is not None:
             raise ValueError("--draft and --prompt-lookup are two ways to draft: leave one of them out")
         if self.prompt_lookup is not None and self.draft_tokens is not None:
             raise ValueError("--draft-tokens says how many a model drafts: --prompt-lookup N says it for the lookup")
+        if self.prompt_lookup is not None and (named := [name for name in LATER if name in self.given]):
+            raise ValueError(f"{_flag(named[0])} is for a model that drafts: leave it or --prompt-lookup out")
         if not preallocates:
             raise ValueError(f"{_flag(next(iter(self.given)))} needs --preallocate: ours is what is assisted here")
+        if self.splits and self.tokens * self.branches >= positions:
+            raise ValueError(
+                f"{self.branches} branches of {self.tokens} tokens (--draft-branches, --draft-tokens) are more than "
+                f"the target's cache of {positions} positions has room for"
+            )
         name = "prompt_lookup" if self.prompt_lookup is not None else "draft_tokens"
         if name not in self.given:
             return  # the usual number shrinks to what fits
@@ -110,7 +153,10 @@ class Assistance:
         else:
             head = f"draft {self.draft or 'of the same model'}"
             head += f" in {self.draft_weights}" if self.draft_weights is not None else ""
+            head += f" on {self.draft_device}" if self.draft_device is not None else ""
             head += f" K {self.tokens}"
+            if self.splits:
+                head += f", {self.branches} branches above {DEFAULT_SPLIT if self.p_split is None else self.p_split:g},"
         return f"{head} {self.draft_schedule}"
 
 

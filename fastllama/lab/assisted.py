@@ -3,7 +3,7 @@
 from statistics import median
 
 from fastllama.lab import figures
-from fastllama.lab.assistance import NAMES, SCHEDULES
+from fastllama.lab.assistance import LATER, NAMES, SCHEDULES
 from fastllama.lab.fields import (
     agree,
     check,
@@ -38,6 +38,7 @@ OPTIONS = {
     "draft_schedule": word(*SCHEDULES),
     "draft_weights": or_null(name),
 }
+_LATER = {"p_split": number, "draft_branches": small_size, "draft_device": name}
 _UNASSISTED = {
     "path": name,
     "hash": hash8,
@@ -62,7 +63,7 @@ _STORED = {
     "unassisted": object_,
 }
 _STORED["reports"].wanted = "a list of at least one report"
-assert set(NAMES) == set(OPTIONS)
+assert set(NAMES) == {*OPTIONS, *_LATER} and set(LATER) == set(_LATER)
 
 
 def report_of(told) -> dict:
@@ -103,13 +104,17 @@ def of(subject, unassisted, sizes: tuple[int, int], verdict: str, divergence: di
 
 def check_options(stored: dict, prefix: str = "assisted.") -> None:
     """ValueError, naming the field, if the object does not begin with the options of an assistance."""
-    check(stored, OPTIONS, prefix)
+    check(stored, OPTIONS | _later(stored), prefix)
+
+
+def _later(stored: dict) -> dict:
+    return {field: kind for field, kind in _LATER.items() if field in stored}
 
 
 def check_point(point: dict, check_runs, check_divergence, tolerance: tuple[float, float]) -> None:
     """ValueError, naming the field, if a point's `assisted` is not what its own samples give."""
     stored, sizes = point["assisted"], (point["batch_size"], point["new_tokens"])
-    check(stored, _STORED, "assisted.", closed=True)
+    check(stored, _STORED | _later(stored), "assisted.", closed=True)
     for index, report in enumerate(stored["reports"]):
         check(report, REPORT, f"assisted.reports[{index}].", closed=True)
         if report["accepted_tokens"] > report["draft_tokens"]:

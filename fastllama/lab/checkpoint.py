@@ -123,7 +123,8 @@ def require_room(checkpoint: Checkpoint, point: Point) -> None:
         weights += checkpoint.weight_bytes(point.torch_dtype, point.weights)
     cache = position_bytes(checkpoint.config, itemsize) * point.workload.batch_size * point.positions
     draft = point.assistance.draft_model(point.model)
-    if draft is not None:
+    there = point.assistance.draft_device
+    if draft is not None and (there is None or torch.device(there).type == device.type):
         beside = outline(draft, point.torch_dtype)
         weights += beside.weight_bytes(point.torch_dtype, point.assistance.draft_weights)
         cache += position_bytes(beside.config, itemsize) * point.workload.batch_size * point.positions

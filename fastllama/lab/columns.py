@@ -90,9 +90,9 @@ _MEASURED = [
     Column("vanilla_path", str, "parity", _at("baseline", "path")),
     *_plain("parity", str, "text_sample"),
 ]
+_KINDS = {int | None: int, float | None: float}
 _ASSISTANCE = [  # of points that have any
-    Column(part.name, int if part.type == (int | None) else str, "options", _at("assisted", part.name))
-    for part in fields(Assistance)
+    Column(part.name, _KINDS.get(part.type, str), "options", _at("assisted", part.name)) for part in fields(Assistance)
 ]
 _ASSISTED = [
     *_plain("assistance", float, "speedup_end_to_end", "acceptance", "tokens_per_target_forward", under="assisted"),

@@ -51,10 +51,28 @@ def widen(draft, rows: int) -> None:
 
 
 def config(point: Point) -> FastConfig:
-    """How the draft is reserved: as the target, but with its own weights' bits, and with floats in its cache."""
+    """How the draft is reserved: as the target, but with its own weights' bits, and with floats in its cache.
+
+    On another kind of device than the target's, a compiled step is that device's own: native on a CPU, else static.
+    """
     bits = point.assistance.draft_weights
     products = point.config.products if bits is None else "auto"
-    return replace(point.config, weights=bits, products=products, cache_k=None, cache_v=None)
+    changes = {"weights": bits, "products": products, "cache_k": None, "cache_v": None}
+    if is_elsewhere(point):
+        compiled = "native" if device(point).type == "cpu" else "static"
+        changes |= {"products": "auto", "compile": "no" if point.compile == "no" else compiled}
+        changes |= {"fuse": "all"} if changes["compile"] == "native" else {}
+    return replace(point.config, **changes)
+
+
+def device(point: Point) -> torch.device:
+    """Where the draft runs."""
+    return torch.device(point.assistance.draft_device or point.device)
+
+
+def is_elsewhere(point: Point) -> bool:
+    """Whether the draft runs on another kind of device than the target, and lies in other memory."""
+    return device(point).type != torch.device(point.device).type
 
 
 def load(point: Point, pad: int) -> fastllama.LlamaForCausalLM | None:
@@ -64,11 +82,13 @@ def load(point: Point, pad: int) -> fastllama.LlamaForCausalLM | None:
         return None
     how = config(point)
     fast = {} if how.weights is None else {"fast": how}
-    device = torch.device(point.device)
-    draft, _ = checkpoint.load(found, fastllama.LlamaForCausalLM, point.torch_dtype, device, **fast)
+    draft, _ = checkpoint.load(found, fastllama.LlamaForCausalLM, point.torch_dtype, device(point), **fast)
     vanilla.plain_greedy(draft, pad)
     draft.generation_config.num_assistant_tokens = point.assistance.tokens
     draft.generation_config.num_assistant_tokens_schedule = point.assistance.draft_schedule
+    if point.assistance.splits:
+        draft.generation_config.p_split = point.assistance.p_split
+        draft.generation_config.draft_branches = point.assistance.branches
     rows = point.workload.batch_size
     with explained(f"the draft {found.name}, batch {rows}, cache of {point.positions}"):
         draft.preallocate(batch_size=rows, cache_length=point.positions, config=how)

@@ -148,7 +148,7 @@ def _assisted_bytes(point: Point, subject: Contestant, prompt: Prompt, step: int
     if new_tokens == 1:
         return step
     draft = subject.assistance.get("assistant_model")
-    small = 0 if draft is None else step_bytes(draft, prompt.lengths, new_tokens)
+    small = 0 if draft is None or drafting.is_elsewhere(point) else step_bytes(draft, prompt.lengths, new_tokens)
     rounds = sum(report["target_forwards"] - 1 for report in subject.reports)
     drafts = sum(report["draft_forwards"] for report in subject.reports)
     tokens = sum(report["new_tokens"] / rows - 1 for report in subject.reports)

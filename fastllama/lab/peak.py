@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from fastllama.cache.budget import available_bytes
 from fastllama.decode.chunks import automatic_chunk
-from fastllama.lab import checkpoint, memory
+from fastllama.lab import checkpoint, drafting, memory
 from fastllama.lab.assistance import Assistance
 from fastllama.lab.point import Point
 from fastllama.lab.workload import Workload
@@ -132,7 +132,8 @@ def _without_base(point: Point, name: str) -> Peak:
     config, parameters = _sizes(point.model, point.torch_dtype)
     if name == "ours":
         own = _ours(point, config)
-        return _with_draft(point, own) if point.assistance.drafts else own
+        # A draft on another kind of device takes none of this one's memory.
+        return _with_draft(point, own) if point.assistance.drafts and not drafting.is_elsewhere(point) else own
     weights = parameters * point.torch_dtype.itemsize
     return Peak(0, weights, *(_static if name == "static" else _vanilla)(point, config))
 

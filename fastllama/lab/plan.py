@@ -181,6 +181,8 @@ def _product(
         swept = dict(zip(axes, combination, strict=True)) | case
         values = {"model": "demo", "dtype": "auto", "device": "auto"} | fixed | swept
         values["device"] = device(values["device"])
+        if values.get("draft_device") is not None:
+            checkpoint.check_device(values["draft_device"])
         name = name_of(swept or {size: values[size] for size in _SIZES})
         try:
             # Whatever can be refused is refused before a model is looked at.

@@ -8,7 +8,7 @@ import torch
 
 import fastllama
 from fastllama.decode.context.choose import shifts
-from fastllama.lab.assistance import Assistance
+from fastllama.lab.assistance import LATER, Assistance
 from fastllama.lab.workload import Workload
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -169,9 +169,11 @@ class Point:
         }
 
     def _assisted(self) -> dict:
-        """The options of the assistance, no path among them."""
-        draft = self.assistance.draft
-        return {**asdict(self.assistance), "draft": None if draft is None else _name(draft)}
+        """The options of the assistance, no path among them; those that came later only where they are given."""
+        held = {
+            name: value for name, value in asdict(self.assistance).items() if value is not None or name not in LATER
+        }
+        return {**held, "draft": None if held["draft"] is None else _name(held["draft"])}
 
     def switch_defaults(self) -> dict:
         """The default of each switch that `identity` names."""

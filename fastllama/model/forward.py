@@ -9,6 +9,7 @@ from fastllama.cache.float_cache import FloatCache, mask_for, write_tokens
 from fastllama.cache.small_cache import Side, SmallCache, attend
 from fastllama.kernels.attention import attend_cache, attend_causal, attend_prompt
 from fastllama.kernels.rope import rotate
+from fastllama.model.tree import Branching
 from fastllama.model.weights import Block, Fused, Weights
 
 # Rows that a CPU takes through an MLP at a time: what lies between its products then stays in the cache, in memory
@@ -85,15 +86,19 @@ def step(
     index_BQ: torch.Tensor,
     cos_BQD: torch.Tensor,
     sin_BQD: torch.Tensor,
+    branching: Branching | None = None,
 ) -> torch.Tensor:
     """Runs the newest tokens against the cache and moves `valid_past_index` on; returns logits [B, Q, V].
 
     Only the first len(positions_S) positions of the cache are read: that length is the step's one dynamic size.
+    `branching`: the tokens are of a tree. A cache of small formats is then read as floats, a layer at a time.
     """
     hidden_BQE = weights.embed(ids_BQ)
     used = positions_S.shape[0]
     small = isinstance(keys, Side)
-    if small:
+    if branching is not None:
+        mask_B1QS = branching.mask(index_BQ, positions_S, hidden_BQE.dtype)
+    elif small:
         seen_BQ = index_BQ + 1
     else:
         mask_B1QS = mask_for(mask_B11S, rows_B1, index_BQ, positions_S)
@@ -102,7 +107,11 @@ def step(
         if small:
             keys.write(layer, key, index_BQ)
             values.write(layer, value, index_BQ)
-            attended = attend(keys, values, layer, query, seen_BQ, used, weights.scale)
+            if branching is None:
+                attended = attend(keys, values, layer, query, seen_BQ, used, weights.scale)
+            else:
+                floats = [side.floats(layer, len(ids_BQ), used, query.dtype) for side in (keys, values)]
+                attended = attend_cache(query, *floats, mask_B1QS, weights.scale)
         else:
             key_BKSD, value_BKSD = keys[layer], values[layer]
             write_tokens(key_BKSD, rows_B1, index_BQ, key)

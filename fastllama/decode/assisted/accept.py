@@ -27,6 +27,31 @@ def residual(target_BV: torch.Tensor, draft_BV: torch.Tensor) -> torch.Tensor:
     return torch.where(left_BV.sum(-1, keepdim=True) > 0, left_BV, target_BV)
 
 
+def stands(chances: list[float], uniforms: list[float]) -> int | None:
+    """Which of several siblings stands, None for none of them. `chances`: of each sibling the target's probability.
+
+    They were not drawn: the draft's distribution of each is all at that token. So the first, x, stands with probability
+    p(x) / 1; where it does not, the residual max(p - q, 0) is p without x, divided by 1 - p(x), and the next sibling is
+    held to that (SpecInfer's multi-step speculative sampling, arXiv 2305.09781, for distributions of one point). Where
+    none stands, `without` says what to draw from. A sibling y after x is thus written with probability
+    (1 - p(x)) p(y) / (1 - p(x)) = p(y), and any other token with what is left of p: p, whatever the siblings are.
+    """
+    left = 1.0
+    for place, (chance, uniform) in enumerate(zip(chances, uniforms, strict=True)):
+        if uniform * left < chance:
+            return place
+        left -= chance
+    return None
+
+
+def without(target_BV: torch.Tensor, tokens: list[list[int]]) -> torch.Tensor:
+    """p without these tokens of each row, not normalised; p itself where rounding leaves nothing of it."""
+    rows = [row for row, some in enumerate(tokens) for _ in some]
+    places_2N = torch.tensor([rows, [token for some in tokens for token in some]], dtype=torch.int64)
+    left_BV = target_BV.index_put(tuple(places_2N.to(target_BV.device)), target_BV.new_zeros(()))
+    return torch.where(left_BV.sum(-1, keepdim=True) > 0, left_BV, target_BV)
+
+
 def speculative(
     target_BQV: torch.Tensor, draft_BKV: torch.Tensor, draft_BK: torch.Tensor, uniform_BK: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -63,7 +63,10 @@ class Companions:
         if asked.schedule != "adaptive":
             return Heuristic(asked.tokens)
         # Costs and acceptance are those of a draft, a way to run, and a number of rows.
-        companion, setting = model if draft is None else draft, (asked.tokens, rows, *(each.config for each in engines))
+        companion, setting = (
+            model if draft is None else draft,
+            (asked.tokens, asked.branches, asked.p_split, rows, *(each.config for each in engines)),
+        )
         held, learnt = self._learnt.get(companion, (None, None))
         if held != setting:
             learnt = Adaptive(asked.tokens)

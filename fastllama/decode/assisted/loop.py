@@ -13,6 +13,8 @@ from fastllama.decode.assisted.proposer import DraftProposer, LookupProposer, Pr
 from fastllama.decode.assisted.report import Assisted, Tally
 from fastllama.decode.assisted.rows import Rows
 from fastllama.decode.assisted.support import Asked, one_by_one
+from fastllama.decode.assisted.tree import verified
+from fastllama.decode.assisted.tree_proposer import TreeProposer
 from fastllama.decode.assisted.verify import GreedyVerifier, ProcessedVerifier, SequentialVerifier
 from fastllama.decode.choice import Choice, GreedyChoice
 from fastllama.decode.engine import Engine
@@ -44,10 +46,10 @@ def assisted_loop(
     batch, positions = input_ids.shape[0], prompt.longest + (most_new or 1) - 1
     engine.refresh(model)
     # An implicit cache has room for proposals beyond the last token; in an explicit one they become fewer there.
-    engine.fit(model, batch, prompt.longest, positions + (0 if engine.explicit else asked.tokens))
-    if engine.explicit and asked.tokens >= engine.cache.shape.cache_length:
+    engine.fit(model, batch, prompt.longest, positions + (0 if engine.explicit else asked.nodes))
+    if engine.explicit and asked.nodes >= engine.cache.shape.cache_length:
         raise ValueError(
-            f"{asked.tokens} proposed tokens do not fit the target's cache of {engine.cache.shape.cache_length} "
+            f"{asked.nodes} proposed tokens do not fit the target's cache of {engine.cache.shape.cache_length} "
             "positions: propose fewer, or preallocate more"
         )
     how = (logits_processor, stopping_criteria, generation_config)
@@ -57,7 +59,9 @@ def assisted_loop(
     if draft is None:
         proposer = LookupProposer(prompt, asked.ngram)
     else:
-        proposer = DraftProposer(*draft, prompt, most_new, processing, asked.threshold, model.config.vocab_size)
+        how = (*draft, prompt, most_new, processing, asked.threshold, model.config.vocab_size)
+        split = {"p_split": asked.p_split, "branches": asked.branches}
+        proposer = DraftProposer(*how) if asked.branches == 1 else TreeProposer(*how, **split)
     call = Call(model, engine, proposer, verifier, schedule, rows, streamer)
     as_dict = generation_config.return_dict_in_generate
     report = call.run(prompt, generation_config.prefill_chunk_size, as_dict)
@@ -105,7 +109,7 @@ class Call:
         self.engine.begin(self.rows.batch)
         logits_BV = self.engine.prefill(prompt, chunk)
         self.tally.target_forwards += 1
-        self._take(None, logits_BV[:, None])
+        self._take(self.verifier(self.rows, None, None, logits_BV[:, None]))
         self.tally.prefill_s += self.clock.seconds(begin, self.clock.mark())
         while self.rows.going:
             self._round(keep)
@@ -120,21 +124,17 @@ class Call:
         rows, engine, tally = self.rows, self.engine, self.tally
         most = self._most()
         start = self.draft_clock.mark()
-        proposal = self.proposer.propose(rows, most) if most > 0 else None
+        room = engine.room() - 1 if engine.explicit else None
+        proposal = self.proposer.propose(rows, most, room) if most > 0 else None
         proposed = self.draft_clock.mark()
         begin = self.clock.mark()
-        width = 1 if proposal is None else 1 + proposal.ids.shape[1]
-        while engine.room() < width and not engine.explicit:
-            engine.grow(self.model)
-        ids, draft_BK = rows.newest(1).to(self.device), None
-        if proposal is not None:
-            draft_BK = proposal.ids.to(self.device)
-            ids = torch.cat((ids, draft_BK), 1)
-        logits_BQV = engine.step(ids)
-        going = list(rows.unfinished)
-        added = self._take(proposal, logits_BQV, draft_BK)
+        going, paths = list(rows.unfinished), None
+        if proposal is None or proposal.trees is None:
+            width, added = self._verified(proposal)
+        else:
+            width, added, paths = self._verified_trees(proposal)
         # Every row that goes on has its cache filled up to its last token but one.
-        if not all(rows.unfinished) or any(count != width for count in added):
+        if paths is not None or not all(rows.unfinished) or any(count != width for count in added):
             places = zip(rows.real(), rows.unfinished, strict=True)
             # A finished row is idle, and must not take the others' room, but for one whose cache is asked for.
             engine.place([length - 1 if keep or unfinished else 0 for length, unfinished in places])
@@ -143,21 +143,52 @@ class Call:
         draft_s = self.draft_clock.seconds(start, proposed) if most > 0 else 0.0
         forwards, judged = 0, []
         if proposal is not None:
-            self.proposer.settle(added)
+            self.proposer.settle(added, paths)
             forwards = proposal.forwards
             rounds = zip(added, proposal.meant, self.stood, going, strict=True)
             judged = [(min(stood, meant, count), meant) for count, meant, stood, on in rounds if on]
+            tally.draft_tokens += sum(proposal.drafted(row) for row, on in enumerate(going) if on)
         tally.target_forwards += 1
         tally.draft_forwards += forwards
-        tally.draft_tokens += sum(meant for _, meant in judged)
         tally.accepted_tokens += sum(stood for stood, _ in judged)
         tally.draft_s, tally.target_s = tally.draft_s + draft_s, tally.target_s + target_s
         timed = 0 if proposal is None or proposal.caught_up else forwards
-        self.schedule.record(width, target_s, timed, draft_s, judged)
+        # Of a tree, the depth is what is scheduled: its costs are those of whatever branches it came to.
+        depth = width - 1 if paths is None else max(proposal.meant)
+        self.schedule.record(depth + 1, target_s, timed, draft_s, judged)
+
+    def _verified(self, proposal: Proposal | None) -> tuple[int, list[int]]:
+        """Tokens of a row in the pass, and by how many each row grew."""
+        width = 1 if proposal is None else 1 + proposal.ids.shape[1]
+        self._make_room(width)
+        ids, draft_BK = self.rows.newest(1).to(self.device), None
+        if proposal is not None:
+            draft_BK = proposal.ids.to(self.device)
+            ids = torch.cat((ids, draft_BK), 1)
+        logits_BQV = self.engine.step(ids)
+        probabilities = None if proposal is None else proposal.probabilities
+        return width, self._take(self.verifier(self.rows, draft_BK, probabilities, logits_BQV))
+
+    def _verified_trees(self, proposal: Proposal) -> tuple[int, list[int], list[list[int]]]:
+        """As `_verified`, and of each row the nodes that stand, which then follow the row's text in the cache."""
+        ends, newest = self.rows.real(), self.rows.newest(1)[:, 0].tolist()
+        ids, branching = verified(proposal.trees, newest, self.device)
+        self._make_room(ids.shape[1])
+        found = self.verifier.tree(self.rows, proposal.trees, self.engine.step(ids, branching))
+        paths = [stood for _, stood in found]
+        added = self._take([kept for kept, _ in found])
+        for row, (path, count) in enumerate(zip(paths, added, strict=True)):
+            self.engine.keep_branch(row, ends[row], [node - 1 for node in path[: max(count - 1, 0)]])
+        return ids.shape[1], added, paths
+
+    def _make_room(self, width: int) -> None:
+        while self.engine.room() < width and not self.engine.explicit:
+            self.engine.grow(self.model)
 
     def _most(self) -> int:
         """Tokens to propose in this round: as scheduled, as far as they may be written and there is room for them."""
-        most = self.schedule.next(self.engine.widest())
+        # A tree never is one call of the native step, so nothing is gained by what fits one.
+        most = self.schedule.next(None if self.proposer.mode == "tree" else self.engine.widest())
         left = self.rows.left()
         if left is not None:
             most = min(most, left - 1)
@@ -173,10 +204,8 @@ class Call:
         room = self.proposer.most(self.rows)
         return most if room is None else min(most, room)
 
-    def _take(self, proposal: Proposal | None, logits_BQV: torch.Tensor, draft_BK=None) -> list[int]:
-        """Verifies, appends and streams; returns by how many tokens each row grew."""
-        probabilities = None if proposal is None else proposal.probabilities
-        kept = self.verifier(self.rows, draft_BK, probabilities, logits_BQV)
+    def _take(self, kept: list[list[int]]) -> list[int]:
+        """Appends and streams what is kept of each row; returns by how many tokens each row grew."""
         self.stood = [len(tokens) - 1 for tokens in kept]
         added = self.rows.add(kept)
         if self.verifier.finished:

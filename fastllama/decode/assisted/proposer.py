@@ -12,24 +12,33 @@ from fastllama.decode.assisted.accept import draw
 from fastllama.decode.assisted.lookup import NGrams
 from fastllama.decode.assisted.processing import Processing
 from fastllama.decode.assisted.rows import Rows
+from fastllama.decode.assisted.tree import Tree
 from fastllama.decode.engine import Engine
 from fastllama.decode.prompt import Prompt
 from fastllama.decode.stop import StopCheck
 
 _LAG_ON_GPU = 2  # draft steps in flight behind the question whether drafting still makes sense
-_USUALLY_BEHIND = 2  # tokens: the newest, and the last proposal where all stood
+USUALLY_BEHIND = 2  # tokens: the newest, and the last proposal where all stood
 _CATCH_UP = 256  # tokens that a draft which was paused takes in at a time
 
 
 class Proposal(NamedTuple):
     """`ids` [B, K]; `probabilities` [B, K, V] that they were drawn from, None where they were not drawn; how many of
-    each row's are meant; forward passes that they took; whether the draft first took in text that it had missed."""
+    each row's are meant; forward passes that they took; whether the draft first took in text that it had missed.
 
-    ids: torch.Tensor
+    `trees`: of each row, where a branch has split, and `ids` is None then; meant are the tokens of a longest branch.
+    """
+
+    ids: torch.Tensor | None
     probabilities: torch.Tensor | None
     meant: list[int]
     forwards: int
     caught_up: bool = False
+    trees: list[Tree] | None = None
+
+    def drafted(self, row: int) -> int:
+        """How many tokens were proposed for a row."""
+        return self.meant[row] if self.trees is None else len(self.trees[row])
 
 
 class LookupProposer:
@@ -47,10 +56,10 @@ class LookupProposer:
     def most(self, rows: Rows) -> int | None:
         """How many tokens it has room for; None for any number."""
 
-    def settle(self, added: list[int]) -> None:
+    def settle(self, added: list[int], paths: list[list[int]] | None = None) -> None:
         """The text says all."""
 
-    def propose(self, rows: Rows, most: int) -> Proposal | None:
+    def propose(self, rows: Rows, most: int, room: int | None = None) -> Proposal | None:
         """Up to `most` tokens a row, on the CPU; None where no row finds any."""
         found = []
         for row, text in enumerate(self.texts):
@@ -109,7 +118,7 @@ class DraftProposer:
         """How many tokens its cache has room for; None where the cache can grow."""
         return self.engine.cache.shape.cache_length - max(rows.real()) + 1 if self.engine.explicit else None
 
-    def propose(self, rows: Rows, most: int) -> Proposal:
+    def propose(self, rows: Rows, most: int, room: int | None = None) -> Proposal:
         """Up to `most` tokens a row, on the draft's device."""
         logits_BV, forwards, behind = self._caught_up(rows, most)
         tokens, probabilities, doubt = [], [], _Doubt(rows, self.device)
@@ -126,9 +135,9 @@ class DraftProposer:
         ids = torch.stack(tokens, 1)
         meant = [len(tokens) if going else 0 for going in rows.unfinished]
         q_BKV = torch.stack(probabilities, 1) if probabilities else None
-        return Proposal(ids, q_BKV, meant, forwards, caught_up=behind > _USUALLY_BEHIND)
+        return Proposal(ids, q_BKV, meant, forwards, caught_up=behind > USUALLY_BEHIND)
 
-    def settle(self, added: list[int]) -> None:
+    def settle(self, added: list[int], paths: list[list[int]] | None = None) -> None:
         """After the target has spoken and each row has grown by `added`: what was fed and stands is held."""
         self.held = [held + min(max(count - 1, 0), self._fed) for held, count in zip(self.held, added, strict=True)]
 

@@ -11,7 +11,7 @@ class Assisted:
     `target_s` are the rounds after it. `accepted_tokens` of the `draft_tokens` proposed stand in the text.
     """
 
-    mode: str  # draft or lookup
+    mode: str  # draft, lookup, or tree: a draft whose branches split
     new_tokens: int
     draft_tokens: int
     accepted_tokens: int

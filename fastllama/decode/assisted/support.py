@@ -17,16 +17,19 @@ from fastllama.decode.assisted.schedule import SCHEDULES
 from fastllama.decode.support import model_obstacle
 from fastllama.model.rotary import is_stateful
 
-ASKED = ("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold")
+OWN = ("p_split", "draft_branches")  # arguments of ours that transformers does not know
+ASKED = ("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold", *OWN)
 _KNOWN_CRITERIA = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria)
 _OTHER_WAYS = ("assistant_early_exit", "use_mtp", "speculation_type", "assistant_ensemble_weight")
 _DEFAULT_TOKENS = 20
 _DEFAULT_NGRAM = 2
+DEFAULT_SPLIT, DEFAULT_BRANCHES = 0.1, 4  # where only the other is given; p_split is llama.cpp's
 
 
 class Asked(NamedTuple):
     """What to propose: `tokens` a round by `schedule`, drafting on above `threshold`, n-grams up to `ngram`.
 
+    A branch splits above `p_split` while there are fewer than `branches`.
     `kept_by_draft`: the number came from the draft's generation config, to which the heuristic schedule gives it back.
     """
 
@@ -35,6 +38,13 @@ class Asked(NamedTuple):
     threshold: float
     ngram: int
     kept_by_draft: bool
+    p_split: float = DEFAULT_SPLIT
+    branches: int = 1
+
+    @property
+    def nodes(self) -> int:
+        """Tokens of the largest tree that a round may propose."""
+        return self.tokens * self.branches
 
     def give_back(self, draft: nn.Module | None, schedule) -> None:
         """After a call: the heuristic schedule goes on in the next one, as in transformers."""
@@ -44,7 +54,10 @@ class Asked(NamedTuple):
     def words(self, draft: nn.Module | None) -> str:
         """For people."""
         who = "prompt lookup" if draft is None else "a draft"
-        return f"assisted by {who}, {self.schedule} K of {'at most ' * (self.schedule == 'adaptive')}{self.tokens}"
+        said = f"assisted by {who}, {self.schedule} K of {'at most ' * (self.schedule == 'adaptive')}{self.tokens}"
+        if self.branches == 1:
+            return said
+        return f"{said}, up to {self.branches} branches split above {self.p_split:g}, tree verified by the Python step"
 
 
 def asked(call: dict, generation_config, draft: nn.Module | None) -> Asked:
@@ -76,7 +89,35 @@ def asked(call: dict, generation_config, draft: nn.Module | None) -> Asked:
     ngram = generation_config.max_matching_ngram_size or _DEFAULT_NGRAM
     if not isinstance(ngram, int) or ngram < 1:
         raise ValueError(f"max_matching_ngram_size={ngram!r} is not allowed; allowed: an integer >= 1")
-    return Asked(int(tokens), schedule, float(threshold), ngram, call.get("num_assistant_tokens") is None)
+    asked = Asked(int(tokens), schedule, float(threshold), ngram, call.get("num_assistant_tokens") is None)
+    return asked._replace(**_splitting(value("p_split", None), value("draft_branches", None), draft))
+
+
+def _splitting(p_split, branches, draft: nn.Module | None) -> dict:
+    if p_split is not None and (isinstance(p_split, bool) or not isinstance(p_split, int | float)):
+        raise ValueError(f"p_split={p_split!r} is not allowed; allowed: 0 to 1")
+    if p_split is not None and not 0 <= p_split <= 1:
+        raise ValueError(f"p_split={p_split!r} is not allowed; allowed: 0 to 1")
+    if branches is not None and (isinstance(branches, bool) or not isinstance(branches, int) or branches < 1):
+        raise ValueError(f"draft_branches={branches!r} is not allowed; allowed: an integer >= 1")
+    if p_split is None and branches is None:
+        return {}
+    if draft is None:
+        name, given = ("p_split", p_split) if p_split is not None else ("draft_branches", branches)
+        raise ValueError(f"{name}={given!r} is for a draft model: prompt lookup proposes one branch")
+    return {
+        "p_split": DEFAULT_SPLIT if p_split is None else float(p_split),
+        "branches": DEFAULT_BRANCHES if branches is None else branches,
+    }
+
+
+def own_arguments(kwargs: dict) -> dict:
+    """Takes what transformers does not know out of a call's arguments. Raises `ValueError` where no draft is given."""
+    found = {name: kwargs.pop(name) for name in OWN if name in kwargs}
+    given = [name for name, value in found.items() if value is not None]
+    if given and kwargs.get("assistant_model") is None:
+        raise ValueError(f"{given[0]}={found[given[0]]!r} needs assistant_model: it says how that model drafts")
+    return found
 
 
 def obstacle(

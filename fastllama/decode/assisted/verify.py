@@ -1,13 +1,16 @@
 """What the target's logits over proposed tokens say: the tokens that each row keeps, and the one after them.
 
-Legend: B rows, K proposed tokens, Q = K + 1 verified positions, V vocabulary.
+Legend: B rows, K proposed tokens, Q = K + 1 verified positions, T nodes of a tree, V vocabulary.
 """
+
+import functools
 
 import torch
 
-from fastllama.decode.assisted.accept import draw, matching, speculative
+from fastllama.decode.assisted.accept import draw, matching, speculative, stands, without
 from fastllama.decode.assisted.processing import Processing
 from fastllama.decode.assisted.rows import Rows
+from fastllama.decode.assisted.tree import Tree, walked
 from fastllama.decode.choice import Choice
 
 
@@ -51,6 +54,17 @@ class GreedyVerifier:
             kept.append(found[: count + 1])
         return kept
 
+    def tree(self, rows: Rows, trees: list[Tree], logits_BTV: torch.Tensor) -> list[tuple[list[int], list[int]]]:
+        """Of each row the tokens that it keeps, and the nodes that stand."""
+        chosen = logits_BTV.argmax(-1).tolist()
+
+        def choose(row: int, node: int) -> int:
+            token = chosen[row][node]
+            early = token in rows.eos and rows.lengths[row] + trees[row].depths[node] < self.first
+            return self._without_end(rows, logits_BTV[row, node]) if early else token
+
+        return [walked(tree, functools.partial(choose, row)) for row, tree in enumerate(trees)]
+
     @staticmethod
     def _without_end(rows: Rows, logits_V: torch.Tensor) -> int:
         ends = torch.tensor(sorted(rows.eos), device=logits_V.device)
@@ -82,6 +96,42 @@ class ProcessedVerifier:
         chosen_BQ = torch.cat((draft_BK, next_B[:, None]), 1).scatter(1, counts_B[:, None], next_B[:, None])
         return _kept(chosen_BQ, counts_B)
 
+    def tree(self, rows: Rows, trees: list[Tree], logits_BTV: torch.Tensor) -> list[tuple[list[int], list[int]]]:
+        """Of each row the tokens that it keeps, and the nodes that stand."""
+        scores_BTV = self.processing.of_tree(rows, trees, logits_BTV)
+        if not self.do_sample:
+            chosen = scores_BTV.argmax(-1).tolist()
+            return [walked(tree, found.__getitem__) for tree, found in zip(trees, chosen, strict=True)]
+        p_BTV = scores_BTV.softmax(-1)
+        places = [(row, tree.parents[node], tree.tokens[node]) for row, tree in enumerate(trees) for node in tree.nodes]
+        rows_N, parents_N, tokens_N = torch.tensor(places, device=p_BTV.device).T
+        chances = iter(p_BTV[rows_N, parents_N, tokens_N].tolist())
+        uniforms = iter(torch.rand(len(places), dtype=p_BTV.dtype, device=p_BTV.device).tolist())
+        paths, rejected = [], []
+        for tree in trees:
+            numbers = [(0.0, 0.0)] + [(next(chances), next(uniforms)) for _ in tree.nodes]
+            path, following = _descended(tree, numbers)
+            paths.append(path)
+            rejected.append(following)
+        last_BV = p_BTV[torch.arange(len(trees)), [path[-1] if path else 0 for path in paths]]
+        ends = draw(without(last_BV, rejected)).tolist()
+        found = zip(trees, paths, ends, strict=True)
+        return [([*(tree.tokens[node] for node in path), end], path) for tree, path, end in found]
+
+
+def _descended(tree: Tree, numbers: list[tuple[float, float]]) -> tuple[list[int], list[int]]:
+    """(nodes that stand, tokens after them that do not), by the chance and the uniform number of each node."""
+    children, path, node = tree.children(), [], 0
+    while True:
+        chances, uniforms = (
+            zip(*(numbers[child] for child in children[node]), strict=True) if children[node] else ((), ())
+        )
+        place = stands(chances, uniforms)
+        if place is None:
+            return path, [tree.tokens[child] for child in children[node]]
+        node = children[node][place]
+        path.append(node)
+
 
 class SequentialVerifier:
     """One row, position by position, as far as the proposals stand.
@@ -101,6 +151,15 @@ class SequentialVerifier:
     @property
     def raw_logits(self):
         return self.choice.raw_logits
+
+    def tree(self, rows: Rows, trees: list[Tree], logits_BTV: torch.Tensor) -> list[tuple[list[int], list[int]]]:
+        """Of the row the tokens that it keeps, and the nodes that stand."""
+
+        def stop() -> bool:
+            self.finished = self.choice.finished()
+            return self.finished
+
+        return [walked(trees[0], lambda node: int(self.choice.take(logits_BTV[:, node])), stop)]
 
     def __call__(self, rows: Rows, draft_BK: torch.Tensor | None, q_BKV, logits_BQV: torch.Tensor) -> list[list[int]]:
         proposed, kept = [] if draft_BK is None else draft_BK[0].tolist(), []

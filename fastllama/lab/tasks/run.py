@@ -86,7 +86,7 @@ def measure_examples(
 ) -> Iterator[dict]:
     """The measured part of each example's line, one after the other, of contestants as `load` gives them."""
     subject, costs = contestants[0], None
-    if subject.assistance:
+    if subject.assistance and not task.point.assistance.splits:  # what a tree costs follows from how it branches
         begin("measuring single steps")
         middle = sorted(task.examples, key=lambda example: example.length)[len(task.examples) // 2]
         draft = subject.assistance.get("assistant_model")
