@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as parents
 
 from fastllama.kernels.sampling import filters, mirostat, penalties, warpers
-from fastllama.kernels.sampling.candidates import candidates, compacted, scattered
+from fastllama.kernels.sampling.candidates import _best_by_key, _best_on_host, candidates, compacted, scattered
 from tests.plain_sampling import LlamaCpp, Transformers, penalised
 
 OUT = -math.inf
@@ -190,12 +190,15 @@ def test_candidates_are_the_same_however_many_are_asked_for(logits, most):
     few, everything = candidates(logits_BV, most), candidates(logits_BV)
     for of_few, of_all in zip(few, everything, strict=True):
         assert torch.equal(of_few, of_all[:, :most])
+    if most <= len(logits):  # the two ways to find them, a CPU's and an accelerator's
+        assert torch.equal(_best_by_key(logits_BV, most), _best_on_host(logits_BV, most))
     assert torch.equal(scattered(*everything, len(logits)), logits_BV)
 
 
 def test_candidates_order_every_float():
     logits_BV = torch.tensor([[0.0, -0.0, OUT, 3e38, -3e38, 1e-45, -1e-45, 1.0, -1.0, 1.0]])
-    assert candidates(logits_BV, 9)[1].tolist() == [[3, 7, 9, 5, 0, 1, 6, 8, 4]]
+    for best in (_best_by_key, _best_on_host):
+        assert best(logits_BV, 9).tolist() == [[3, 7, 9, 5, 0, 1, 6, 8, 4]]
 
 
 def test_compacted_moves_up_what_is_left():
@@ -300,9 +303,8 @@ def test_mirostat_is_the_plain_one(logits, share):
 
 
 def test_mirostat_learns_from_what_was_drawn():
-    logits_BN = torch.tensor([logits_of(0.75, 0.25, 0)] * 3)
-    index_BN = torch.tensor([[5, 2, 7]] * 3)
+    logp_BV = torch.tensor([logits_of(0.25, 0, 0.75)] * 3)
     mu_B = torch.full((3,), 10.0, dtype=torch.float64)
-    found_B = mirostat.updated(mu_B, logits_BN, index_BN, torch.tensor([2, 5, 7]), 5.0, torch.tensor([0.1, 0.5, 1.0]))
+    found_B = mirostat.updated(mu_B, logp_BV, torch.tensor([0, 2, 1]), 5.0, torch.tensor([0.1, 0.5, 1.0]))
     # 2 bits, 0.415 bits, and a token that was no candidate
     torch.testing.assert_close(found_B, torch.tensor([10.3, 10 + 0.5 * (5 + math.log2(0.75)), 10.0]).double())
