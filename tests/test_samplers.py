@@ -156,7 +156,7 @@ def test_warpers_are_the_parents_to_the_bit(ties, ruled_out, seed):
         )
         counts_BV = penalties.counts(ids, every, 500)
         expected = parents.RepetitionPenaltyLogitsProcessor(1 + value)(ids, logits_BV)
-        assert torch.equal(penalties.repeat_penalty(logits_BV, counts_BV, 1 + warm, zero_shrinks=True), expected)
+        assert torch.equal(penalties.repeat_penalty(logits_BV, counts_BV, 1 + warm, zero_divides=True), expected)
 
 
 @EXAMPLES
@@ -216,7 +216,7 @@ def test_penalties_by_hand():
 
     def found(last_n, **values):
         counts_BV = penalties.counts(ids, penalties.window(real, last_n), 5)
-        out_BV = penalties.repeat_penalty(logits_BV, counts_BV, values.get("repeat", 1.0), zero_shrinks=False)
+        out_BV = penalties.repeat_penalty(logits_BV, counts_BV, values.get("repeat", 1.0), zero_divides=False)
         return penalties.occurrence_penalty(out_BV, counts_BV, values.get("f", 0.0), values.get("p", 0.0))[0].tolist()
 
     # token 4 is padding; each token once, whatever its count
@@ -232,7 +232,7 @@ def test_penalties_by_hand():
 def test_penalties_keep_what_is_ruled_out_and_numbers_too_large():
     counts_BV = torch.tensor([[3, 0, 1, 2]])
     logits_BV = torch.tensor([[OUT, OUT, 0.0, 5.0]])
-    out_BV = penalties.repeat_penalty(logits_BV, counts_BV, 1e300, zero_shrinks=False)
+    out_BV = penalties.repeat_penalty(logits_BV, counts_BV, 1e300, zero_divides=False)
     out_BV = penalties.occurrence_penalty(out_BV, counts_BV, 1e300, 0.0)
     assert not out_BV.isnan().any() and out_BV[0, :2].tolist() == [OUT, OUT]
     assert penalties.counts(torch.tensor([[7, 3]]), torch.ones(1, 2, dtype=torch.bool), 4).tolist() == [[0, 0, 0, 1]]
