@@ -142,7 +142,8 @@ def test_llama_cpps_order_and_any_other(logits, chosen, z, ids, order, names):
         getattr(plain, name)(chosen[name])
     found = process(sampling, [logits], [ids])
     torch.testing.assert_close(found, torch.tensor([plain.scores()]), rtol=1e-5, atol=1e-5)
-    assert (found > OUT).sum() >= 1
+    assert (found > OUT).sum() >= min(chosen["min_keep"], len(logits))
+    torch.testing.assert_close(found.softmax(-1).sum(), torch.tensor(1.0))
 
 
 @EXAMPLES
@@ -223,3 +224,14 @@ def test_what_is_left_by_top_k_is_filtered_as_everything_is():
         expected = getattr(parents, f"{warper}LogitsWarper")(options[name])(ids, expected)
     assert torch.equal(SamplingProcessor(Sampling(**options))(ids, logits), expected)
     assert (expected > OUT).sum(-1).unique().numel() > 1
+
+
+def test_padding_is_not_penalised():
+    mask = torch.tensor([[0, 0, 1], [0, 1, 1]])
+    processor = SamplingProcessor(Sampling(repeat_penalty=2.0, frequency_penalty=0.5), mask)
+    ids, scores = torch.tensor([[1, 1, 0], [1, 2, 0]]), torch.full((2, 3), 2.0)
+    assert processor(ids, scores).tolist() == [[0.5, 2.0, 2.0], [0.5, 2.0, 0.5]]
+    ids = torch.cat((ids, torch.tensor([[1], [2]])), 1)
+    assert processor(ids, scores).tolist() == [[0.5, 0.5, 2.0], [0.5, 2.0, 0.0]]
+    with pytest.raises(ValueError, match=r"attention_mask is \[2, 3\] and the prompt is \[2, 9\]"):
+        processor(torch.zeros(2, 9, dtype=torch.int64), scores)
