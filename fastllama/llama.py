@@ -48,7 +48,8 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
     """A `transformers.LlamaForCausalLM` whose greedy and sampled generation runs on a preallocated cache.
 
     Everything else is the parent's: `forward`, loading, saving, training, adapters, beam search. `generate` takes the
-    parent's arguments and gives the parent's results; `path` says which way the last call went.
+    parent's arguments and gives the parent's results; `path` says which way the last call went. With
+    `generate(sampling=Sampling(...))` it draws by llama.cpp's options, in transformers' order or in llama.cpp's.
     """
 
     def __init__(self, config):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.generation import logits_process as parents
 
 from fastllama import Sampling, SamplingProcessor
 from fastllama.decode.sampling.options import SAMPLERS
@@ -13,6 +14,7 @@ from tests.plain_sampling import LlamaCpp, Transformers, penalised
 
 EXAMPLES = settings(max_examples=50, deadline=None)
 OUT = -math.inf
+WARPERS = ("Temperature", "TopK", "TopP", "MinP", "Typical")
 REFUSED = {
     "temperature": (math.nan, math.inf, "hot", None, True, (0.5, "x"), ()),
     "top_k": (1.5, "40", None, True),
@@ -140,7 +142,8 @@ def test_llama_cpps_order_and_any_other(logits, chosen, z, ids, order, names):
         getattr(plain, name)(chosen[name])
     found = process(sampling, [logits], [ids])
     torch.testing.assert_close(found, torch.tensor([plain.scores()]), rtol=1e-5, atol=1e-5)
-    assert (found > OUT).sum() >= 1
+    assert (found > OUT).sum() >= min(chosen["min_keep"], len(logits))
+    torch.testing.assert_close(found.softmax(-1).sum(), torch.tensor(1.0))
 
 
 @EXAMPLES
@@ -184,3 +187,51 @@ def test_a_row_has_what_it_has_alone(rows, chosen, of_transformers):
         assert torch.equal(
             together[row : row + 1], process(Sampling(**each, **order), logits[row : row + 1], [ids[row]])
         )
+
+
+KINDS = {
+    "transformers": {"temperature": 0.7, "top_k": 9, "top_p": 0.9, "min_p": 0.1, "typical_p": 0.9, "tfs_z": 0.9},
+    "llama.cpp": {"sampler_order": "llama.cpp", "top_k": 9, "top_p": 0.9, "min_p": 0.1, "typical_p": 0.9, "tfs_z": 0.9},
+    "any": {"sampler_order": ("typical_p", "top_k", "temperature"), "typical_p": 0.5, "temperature": (0.5, 0.0)},
+    "mirostat 1": {"mirostat": 1, "seed": 1},
+    "mirostat 2": {"mirostat": 2, "seed": (1, 7)},
+    "penalties": {"repeat_penalty": (1.5, 1.0), "repeat_last_n": 4, "frequency_penalty": 0.5, "seed": 1},
+    "cold": {"temperature": 0.0, "repeat_penalty": 1.5},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_asks_an_accelerator(kind):
+    """Tensors without data, on a device that is no CPU: who asks one for a value raises."""
+    ids = torch.zeros(2, 6, dtype=torch.int64, device="meta")
+    processor = SamplingProcessor(Sampling(**KINDS[kind]), torch.ones(2, 6, dtype=torch.int64, device="meta"))
+    for _ in range(3):
+        scores = processor(ids, torch.zeros(2, 50, device="meta"))
+        ids = torch.cat((ids, scores.argmax(-1, keepdim=True)), 1)
+    for ask in (torch.Tensor.item, bool, torch.nonzero):
+        with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+            ask(scores.max())
+
+
+def test_what_is_left_by_top_k_is_filtered_as_everything_is():
+    """A CPU narrows before the other filters; the result is the parent's, over the whole vocabulary, ties included."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(6, 3000, generator=generator) * 4).round() / 4
+    ids = torch.zeros(6, 1, dtype=torch.int64)
+    options = {"temperature": 0.8, "top_k": 40, "top_p": 0.9137, "min_p": 0.0213, "typical_p": 0.8341}
+    expected = logits
+    for warper, name in zip(WARPERS, options, strict=True):
+        expected = getattr(parents, f"{warper}LogitsWarper")(options[name])(ids, expected)
+    assert torch.equal(SamplingProcessor(Sampling(**options))(ids, logits), expected)
+    assert (expected > OUT).sum(-1).unique().numel() > 1
+
+
+def test_padding_is_not_penalised():
+    mask = torch.tensor([[0, 0, 1], [0, 1, 1]])
+    processor = SamplingProcessor(Sampling(repeat_penalty=2.0, frequency_penalty=0.5), mask)
+    ids, scores = torch.tensor([[1, 1, 0], [1, 2, 0]]), torch.full((2, 3), 2.0)
+    assert processor(ids, scores).tolist() == [[0.5, 2.0, 2.0], [0.5, 2.0, 0.5]]
+    ids = torch.cat((ids, torch.tensor([[1], [2]])), 1)
+    assert processor(ids, scores).tolist() == [[0.5, 0.5, 2.0], [0.5, 2.0, 0.0]]
+    with pytest.raises(ValueError, match=r"attention_mask is \[2, 3\] and the prompt is \[2, 9\]"):
+        processor(torch.zeros(2, 9, dtype=torch.int64), scores)

@@ -26,18 +26,19 @@ _PARENTS = {
 
 
 def arguments(model: nn.Module, sampling: Sampling, args: tuple, kwargs: dict) -> dict:
-    """Keyword arguments for the parent's generate. Raises `ValueError` for what cannot be combined with `sampling`."""
+    """Keyword arguments for the parent's generate.
+
+    `sampling` goes before what a generation config says, as an argument does. Raises `ValueError` for arguments that
+    cannot be combined with it.
+    """
     if not isinstance(sampling, Sampling):
         raise ValueError(f"sampling={sampling!r} is not allowed; allowed: None or a Sampling")
     names = list(inspect.signature(GenerationMixin.generate).parameters)[1:]
     kwargs = dict(zip(names, args, strict=False)) | kwargs
     config, defaults = kwargs.get("generation_config"), GenerationConfig()
-    for name, neutral in _PARENTS.items():
+    for name in _PARENTS:
         if kwargs.get(name) is not None:
             raise ValueError(f"{name}={kwargs[name]!r} cannot be combined with sampling: give it one of the two")
-        given = getattr(config, name, None)
-        if given not in (None, neutral, getattr(defaults, name, None)):
-            raise ValueError(f"generation_config.{name}={given!r} cannot be combined with sampling: leave it out")
     if kwargs.get("do_sample") is False and not sampling.is_greedy:
         raise ValueError("do_sample=False cannot be combined with sampling: Sampling(temperature=0) takes the best")
     beams = kwargs.get("num_beams") or _of(config, "num_beams") or _of(model.generation_config, "num_beams") or 1

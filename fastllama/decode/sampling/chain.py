@@ -8,7 +8,7 @@ import torch
 from fastllama.decode.sampling.options import COLD, Sampling
 from fastllama.decode.sampling.values import Values
 from fastllama.kernels.sampling import filters, mirostat, penalties, warpers
-from fastllama.kernels.sampling.candidates import candidates, compacted, scattered
+from fastllama.kernels.sampling.candidates import RULED_OUT, candidates, compacted, scattered
 from fastllama.kernels.sampling.draw import only
 
 
@@ -46,16 +46,16 @@ class Chain:
         out_BV = self._warped(scores_BV) if self.of_transformers else self._sorted_and_filtered(scores_BV)
         return self._with_cold_rows(out_BV, scores_BV)
 
-    def surprising(self, scores_BV: torch.Tensor, mu_B: torch.Tensor):
-        """The same with mirostat instead of the filters: scores [B, V], and the candidates that are left."""
+    def surprising(self, scores_BV: torch.Tensor, mu_B: torch.Tensor) -> torch.Tensor:
+        """The same with mirostat instead of the filters, which surprises by `mu_B` bits at most."""
         warm_BV = filters.temperature(scores_BV, self.values.temperature)
-        logits_BN, index_BN = candidates(warm_BV)
         if self.sampling.mirostat == 1:
+            logits_BN, index_BN = candidates(warm_BV)
             logits_BN = mirostat.cut_1(logits_BN, mu_B, scores_BV.shape[-1])
+            out_BV = scattered(logits_BN, index_BN, scores_BV.shape[-1])
         else:
-            logits_BN = mirostat.cut_2(logits_BN, mu_B)
-        out_BV = self._with_cold_rows(scattered(logits_BN, index_BN, scores_BV.shape[-1]), scores_BV)
-        return out_BV, logits_BN, index_BN
+            out_BV = mirostat.cut_2(warm_BV, mu_B)
+        return self._with_cold_rows(out_BV, scores_BV)
 
     def _with_cold_rows(self, out_BV: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
         if not self.some_cold:
@@ -63,33 +63,49 @@ class Chain:
         return torch.where(self.values.temperature[:, None] > 0, out_BV, only(scores_BV, scores_BV.argmax(-1)))
 
     def _warped(self, scores_BV: torch.Tensor) -> torch.Tensor:
-        values, sampling = self.values, self.sampling
-        for name in self.steps:
-            if name == "temperature":
-                scores_BV = filters.temperature(scores_BV, values.temperature)
-            elif name == "top_k":
-                everywhere = sampling.smallest("top_k") > 0
-                most = max(sampling.largest("top_k"), sampling.largest("min_keep")) if everywhere else None
-                scores_BV = warpers.top_k(scores_BV, values.top_k, values.min_keep, most)
-            elif name == "tfs_z":  # llama.cpp's: transformers has none
-                logits_BN, index_BN = candidates(scores_BV)
-                logits_BN = filters.tfs(logits_BN, values.tfs_z, values.min_keep)
-                scores_BV = scattered(logits_BN, index_BN, scores_BV.shape[-1])
-            elif name == "top_p":
-                scores_BV = warpers.top_p(scores_BV, values.top_p, values.min_keep)
-            elif name == "min_p":
-                scores_BV = warpers.min_p(scores_BV, values.min_p, values.min_keep, sampling.largest("min_keep"))
-            else:
-                scores_BV = warpers.typical(scores_BV, values.typical_p, values.min_keep)
+        """transformers' order and arithmetic."""
+        names = iter(self.steps)
+        for name in names:
+            scores_BV = self._warp(name, scores_BV)
+            # A CPU's scores can be looked at for nothing: the rest concerns the few that are left, with the same result
+            # up to the rounding of a sum.
+            if name == "top_k" and name != self.steps[-1] and scores_BV.device.type == "cpu":
+                left = int((scores_BV > RULED_OUT).sum(-1).max())
+                index_BN = torch.topk(scores_BV, left, sorted=False).indices.sort(-1).values
+                few_BN = scores_BV.gather(-1, index_BN)
+                for rest in names:
+                    few_BN = self._warp(rest, few_BN)
+                return scattered(few_BN, index_BN, scores_BV.shape[-1])
         return scores_BV
 
-    def _sorted_and_filtered(self, scores_BV: torch.Tensor) -> torch.Tensor:
+    def _warp(self, name: str, scores_BV: torch.Tensor) -> torch.Tensor:
         values, sampling = self.values, self.sampling
+        if name == "temperature":
+            return filters.temperature(scores_BV, values.temperature)
+        if name == "top_k":
+            return warpers.top_k(scores_BV, values.top_k, values.min_keep, self._most())
+        if name == "tfs_z":  # llama.cpp's: transformers has none
+            logits_BN, index_BN = candidates(scores_BV)
+            logits_BN = filters.tfs(logits_BN, values.tfs_z, values.min_keep)
+            return scattered(logits_BN, index_BN, scores_BV.shape[-1])
+        if name == "top_p":
+            return warpers.top_p(scores_BV, values.top_p, values.min_keep)
+        if name == "min_p":
+            return warpers.min_p(scores_BV, values.min_p, values.min_keep, sampling.largest("min_keep"))
+        return warpers.typical(scores_BV, values.typical_p, values.min_keep)
+
+    def _most(self) -> int | None:
+        """How many top-k leaves in any row, but for ties; None: all."""
+        if self.sampling.smallest("top_k") <= 0:
+            return None
+        return max(self.sampling.largest("top_k"), self.sampling.largest("min_keep"))
+
+    def _sorted_and_filtered(self, scores_BV: torch.Tensor) -> torch.Tensor:
+        """llama.cpp's arithmetic, in any order."""
+        values = self.values
         if all(name == "temperature" for name in self.steps):
             return filters.temperature(scores_BV, values.temperature) if self.steps else scores_BV
-        most = None
-        if self.steps[0] == "top_k" and sampling.smallest("top_k") > 0:
-            most = max(sampling.largest("top_k"), sampling.largest("min_keep"))
+        most = self._most() if self.steps[0] == "top_k" else None
         logits_BN, index_BN = candidates(scores_BV, most)
         for name in self.steps:
             if name == "temperature":

@@ -1,6 +1,6 @@
 """SamplingProcessor: `Sampling` as a logits processor, for any model of transformers.
 
-Legend: B rows, T ids so far, P prompt tokens, V vocabulary, N candidates.
+Legend: B rows, T ids so far, P prompt tokens, V vocabulary.
 """
 
 from collections import deque
@@ -64,15 +64,15 @@ class StatelessSamplingProcessor(LogitsProcessor):
 
 
 class State(NamedTuple):
-    """Before a step: mirostat's mu [B], the steps of each row so far [B], and what its last token was drawn from.
+    """Before a step: mirostat's mu [B], the steps of each row so far [B], and, for
+    mirostat, the logarithms of the probabilities that its last token was drawn from.
 
     `length` is the ids that the step will be shown.
     """
 
     mu_B: torch.Tensor | None
     steps_B: torch.Tensor
-    logits_BN: torch.Tensor | None
-    index_BN: torch.Tensor | None
+    logp_BV: torch.Tensor | None
     length: int
 
 
@@ -117,23 +117,24 @@ class SamplingProcessor(StatelessSamplingProcessor):
         super().begin(input_ids, attention_mask)
         mu_B = 2 * self._chain.values.mirostat_tau.to(torch.float64) if self.sampling.mirostat else None
         steps_B = torch.zeros(len(input_ids), dtype=torch.int64, device=input_ids.device)
-        self._state = State(mu_B, steps_B, None, None, input_ids.shape[1])
+        self._state = State(mu_B, steps_B, None, input_ids.shape[1])
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Scores [B, V], float32, with -inf for what may not be drawn."""
         if self._state is None or not self._chain.fits(scores) or self._state.length != input_ids.shape[1]:
             self.begin(input_ids)
         self._earlier.append(self._state)
-        chain, (mu_B, steps_B, logits_BN, index_BN, length) = self._chain, self._state
+        chain, (mu_B, steps_B, logp_BV, length) = self._chain, self._state
         scores_BV = self._penalised(input_ids, scores)
         if self.sampling.mirostat and not self.sampling.is_greedy:
-            if logits_BN is not None:
+            if logp_BV is not None:
                 tau_B, eta_B = chain.values.mirostat_tau, chain.values.mirostat_eta
-                mu_B = mirostat.updated(mu_B, logits_BN, index_BN, input_ids[:, -1], tau_B, eta_B)
-            scores_BV, logits_BN, index_BN = chain.surprising(scores_BV, mu_B)
+                mu_B = mirostat.updated(mu_B, logp_BV, input_ids[:, -1], tau_B, eta_B)
+            scores_BV = chain.surprising(scores_BV, mu_B)
+            logp_BV = scores_BV.log_softmax(-1)
         else:
             scores_BV = chain.filtered(scores_BV)
         if chain.values.seed is not None:
             scores_BV = only(scores_BV, drawn(scores_BV, uniform(chain.values.seed, steps_B)))
-        self._state = State(mu_B, steps_B + 1, logits_BN, index_BN, length + 1)
+        self._state = State(mu_B, steps_B + 1, logp_BV, length + 1)
         return scores_BV

@@ -23,8 +23,23 @@ def candidates(logits_BV: torch.Tensor, most: int | None = None) -> tuple[torch.
     """
     if most is None or most >= logits_BV.shape[-1]:
         return torch.sort(logits_BV, dim=-1, descending=True, stable=True)
-    index_BN = torch.topk(_keys(logits_BV), most, dim=-1).indices
+    index_BN = (_best_on_host if logits_BV.device.type == "cpu" else _best_by_key)(logits_BV, most)
     return logits_BV.gather(-1, index_BN), index_BN
+
+
+def _best_by_key(logits_BV: torch.Tensor, most: int) -> torch.Tensor:
+    return torch.topk(_keys(logits_BV), most, dim=-1).indices
+
+
+def _best_on_host(logits_BV: torch.Tensor, most: int) -> torch.Tensor:
+    # How many tie with the last can be asked here without waiting, and is less work than making keys.
+    best_BN, index_BN = torch.topk(logits_BV, most, dim=-1)
+    tied = int((logits_BV >= best_BN[:, -1:]).sum(-1).max())
+    if tied > most:
+        index_BN = torch.topk(logits_BV, tied, dim=-1).indices
+    index_BN = index_BN.sort(-1).values
+    order_BN = torch.sort(logits_BV.gather(-1, index_BN), dim=-1, descending=True, stable=True).indices
+    return index_BN.gather(-1, order_BN)[:, :most]
 
 
 def compacted(logits_BN: torch.Tensor, index_BN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 mu is how surprising, in bits, a candidate may be; it starts at 2 tau.
 
-Legend: B rows, N candidates in descending order, those that are out (-inf) last.
+Legend: B rows, V vocabulary, N candidates in descending order, those that are out (-inf) last.
 """
 
 import math
@@ -35,22 +35,21 @@ def cut_1(logits_BN: torch.Tensor, mu_B: torch.Tensor, vocabulary: int) -> torch
     return first(logits_BN, k_B.to(torch.int64)[:, None])
 
 
-def cut_2(logits_BN: torch.Tensor, mu_B: torch.Tensor) -> torch.Tensor:
-    """Version 2: keeps those before the first that is more surprising than `mu_B` bits, and the best in any case."""
-    surprise_BN = logits_BN.log_softmax(-1) / -math.log(2)
-    fine_BN = surprise_BN <= like(mu_B, logits_BN)
-    return first(logits_BN, fine_BN.to(torch.int64).cumprod(-1).sum(-1, keepdim=True).clamp_min(1))
+def cut_2(logits_BV: torch.Tensor, mu_B: torch.Tensor) -> torch.Tensor:
+    """Version 2: keeps those that surprise by `mu_B` bits or less, and the best in any case; scores in any order."""
+    surprise_BV = logits_BV.log_softmax(-1) / -math.log(2)
+    best_B1 = logits_BV.argmax(-1, keepdim=True)
+    out_BV = (surprise_BV > like(mu_B, logits_BV)).scatter(1, best_B1, False)
+    return logits_BV.masked_fill(out_BV, RULED_OUT)
 
 
-def updated(
-    mu_B: torch.Tensor, logits_BN: torch.Tensor, index_BN: torch.Tensor, drawn_B: torch.Tensor, tau_B, eta_B
-) -> torch.Tensor:
+def updated(mu_B: torch.Tensor, logp_BV: torch.Tensor, drawn_B: torch.Tensor, tau_B, eta_B) -> torch.Tensor:
     """mu after `drawn_B` was drawn from what was left: less by eta for each bit of surprise beyond tau.
 
-    As it was where a token came that was no candidate: padding behind a finished row, or somebody else's choice.
+    `logp_BV`: logarithms of the probabilities of what was left. mu is as it was where a token came that was ruled out:
+    padding behind a finished row, or somebody else's choice.
     """
-    logp_BN = logits_BN.to(torch.float64).log_softmax(-1)
-    found_BN = (index_BN == drawn_B[:, None]) & (logits_BN > RULED_OUT)
-    surprise_B = -torch.where(found_BN, logp_BN, 0).sum(-1) / math.log(2)
+    logp_B = logp_BV.gather(1, drawn_B[:, None])[:, 0].to(torch.float64)
+    surprise_B = torch.where(logp_B > RULED_OUT, logp_B / -math.log(2), 0)
     new_B = mu_B - column(eta_B)[:, 0].to(mu_B) * (surprise_B - column(tau_B)[:, 0].to(mu_B))
-    return torch.where(found_BN.any(-1), new_B, mu_B)
+    return torch.where(logp_B > RULED_OUT, new_B, mu_B)

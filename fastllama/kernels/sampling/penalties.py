@@ -32,14 +32,13 @@ def counts(ids_BT: torch.Tensor, counted_BT: torch.Tensor, vocabulary: int) -> t
     return found_BV.scatter_add_(1, ids_BT, counted_BT.to(torch.int64))[:, :vocabulary]
 
 
-def repeat_penalty(logits_BV: torch.Tensor, counts_BV: torch.Tensor, penalty_B, zero_shrinks: bool) -> torch.Tensor:
+def repeat_penalty(logits_BV: torch.Tensor, counts_BV: torch.Tensor, penalty_B, zero_divides: bool) -> torch.Tensor:
     """Scores of tokens that occur, divided by the penalty, or multiplied where negative (Keskar et al. 2019).
 
-    At a score of zero the two agree but for the sign of zero: llama.cpp multiplies (`zero_shrinks` False),
-    transformers divides.
+    A score of zero, which stays zero, llama.cpp multiplies (`zero_divides` False) and transformers divides.
     """
     penalty_B1 = like(penalty_B, logits_BV)
-    multiplied_BV = logits_BV < 0 if zero_shrinks else logits_BV <= 0
+    multiplied_BV = logits_BV < 0 if zero_divides else logits_BV <= 0
     penalised_BV = torch.where(multiplied_BV, logits_BV * penalty_B1, logits_BV / penalty_B1)
     return torch.where(counts_BV > 0, penalised_BV, logits_BV)
 
