@@ -113,10 +113,9 @@ class Engine:
         self._native = None
         if self.config.compile == "native":
             self._native_obstacle = obstacle(model, self.cache.shape)
-            if self.context is not None and self.context.extends:
-                self._native_obstacle = "self-extend"
             if self._native_obstacle is None:
-                self._native = NativeStep(self.weights, self.cache, self.rotary)
+                offset_B = None if self.context is None else self.context.offset_B
+                self._native = NativeStep(self.weights, self.cache, self.rotary, offset_B)
             self._step, self._addresses = step, None
             return
         # What a module that is not a plain product does may change without its weights' addresses changing.

@@ -72,6 +72,12 @@ def positions_needed(config: FastConfig, held: int | None, longest: int, prompt_
     return positions if prompt_length > held else min(positions, held)
 
 
+def positions_used(config: FastConfig, cache_length: int) -> int:
+    """Positions that the tokens of a full cache stand at."""
+    shrunk = config.grp_attn_w - config.grp_attn_w // config.grp_attn_n
+    return cache_length - cache_length // config.grp_attn_w * shrunk
+
+
 def words(config: FastConfig, context: ContextShift | SelfExtend | None) -> str:
     """What became of the context in the last call, for people, as the end of a sentence."""
     said = [] if context is None else [context.words]
