@@ -93,6 +93,7 @@ WITH_SWITCH = {
         {"new_tokens": 1, "path": "b"},
         "with one new token there is no decode step",
     ),
+    "cache_device=cpu": ({"switches": {"cache_device": "cpu"}}, {}, "the model is on the CPU already"),
     "keep=4": ({"switches": {"keep": 4}}, {}, "without context_shift nothing is dropped"),
     "keep=9": (
         {"switches": {"context_shift": True, "keep": 9}, "cache_length": 1200},

@@ -76,6 +76,11 @@ REASONS = (
         lambda kept, default: kept["new_tokens"] == 1,
     ),
     Reason(
+        ("cache_device",),
+        "the model is on the CPU already",
+        lambda kept, default: kept["device"] == "cpu",
+    ),
+    Reason(
         ("keep",),
         "without context_shift nothing is dropped",
         lambda kept, default: not _of("context_shift", kept),

@@ -21,7 +21,7 @@ from fastllama.model.weights import Weights
 
 def obstacle(model: nn.Module, shape: CacheShape) -> str | None:
     """Why this model's step, on a cache of this shape, cannot be one C++ call; None when it can."""
-    if shape.device.type != "cpu":
+    if shape.device.type != "cpu" or model.model.norm.weight.device.type != "cpu":
         return "the model is not on a CPU"
     if shape.dtype not in FLOATS.values():
         return f"the model is in {shape.dtype}"
