@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         "--cache-k", "-ctk", help="how keys are stored: f32 f16 bf16 int8 q8_0 q4_0 q4_1 q5_0 q5_1 iq4_nl"
     )
     what.add_argument("--cache-v", "-ctv", help="how values are stored: the same")
+    what.add_argument("--cache-device", metavar="cpu", help="keep keys, values and attention there, off an accelerator")
     _add_context(parser.add_argument_group("texts longer than the cache, or than the model was made for"))
     sizes = parser.add_argument_group("sizes (comma lists make a product)")
     sizes.add_argument("--batch-size", type=_sizes, help=f"rows ({BATCH_SIZES})")

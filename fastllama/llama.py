@@ -12,7 +12,7 @@ from fastllama.decode.assisted.call import assisted_call
 from fastllama.decode.assisted.companions import Companions
 from fastllama.decode.assisted.report import Assisted
 from fastllama.decode.assisted.support import ASKED, own_arguments
-from fastllama.decode.context.choose import require_unassisted
+from fastllama.decode.context.choose import positions_used, require_unassisted
 from fastllama.decode.engine import Engine
 from fastllama.decode.loop import sample_loop
 from fastllama.decode.many.call import SHARED, run_many
@@ -113,7 +113,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         if memory is not None:
             config = within(self, batch_size, cache_length, config, memory)
         nbytes = self._engine.preallocate(self, batch_size, cache_length, config)
-        if cache_length > longest:
+        if positions_used(config, cache_length) > longest:
             logger.warning(
                 f"cache_length {cache_length} is longer than max_position_embeddings {longest}: "
                 "the model was not trained for positions beyond it"

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fastllama.lab import __main__ as lab
-from fastllama.lab import context_score
+from fastllama.lab import context_score, schema2
 from tests.plain_context import shifted, turned
 from tests.tiny import VOCAB, pair
 
@@ -67,6 +67,21 @@ def test_the_command_says_what_it_found(capsys):
 def test_what_cannot_be_scored_is_one_sentence(flags, sentence, capsys):
     assert lab.main(["context", *flags]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_a_measured_point_says_how_often_it_shifted(light, logs, tmp_path, tiny):
+    import json
+
+    import run_llama
+
+    flags = ["--model", str(tiny), "--preallocate", "--context-shift", "--keep", "-1", "--cache-length", "24", "--runs"]
+    flags += ["1", "--warmup", "0", "--prompt-length", "12", "--new-tokens", "40", "--dtype", "fp32", "--device", "cpu"]
+    assert run_llama.main([*flags, "--json", str(tmp_path / "x.jsonl")]) == 0
+    made = json.loads((tmp_path / "x.jsonl").read_text())
+    assert made["parity"] == "lossy" and "python -m fastllama.lab context" in made["not_scored"]
+    assert made["path"].endswith("context shifted 5 times") and made["cache_length"] == 24
+    assert "--context-shift --keep -1 " in made["command"] and "True" not in made["command"]
+    schema2.check_point(made)
 
 
 def test_eval_does_not_score_what_never_shifts(capsys):

@@ -93,6 +93,24 @@ WITH_SWITCH = {
         {"new_tokens": 1, "path": "b"},
         "with one new token there is no decode step",
     ),
+    "cache_device=cpu": ({"switches": {"cache_device": "cpu"}}, {}, "the model is on the CPU already"),
+    "keep=4": ({"switches": {"keep": 4}}, {}, "without context_shift nothing is dropped"),
+    "keep=9": (
+        {"switches": {"context_shift": True, "keep": 9}, "cache_length": 1200},
+        {"switches": {"context_shift": True}, "cache_length": 1200},
+        "the text of 1000 + 200 tokens fits the cache",
+    ),
+    "context_shift=true": (
+        {"switches": {"context_shift": True}, "cache_length": 1200},
+        {"cache_length": 1200},
+        "the text of 1000 + 200 tokens fits the cache",
+    ),
+    "grp_attn_w=256": ({"switches": {"grp_attn_w": 256}}, {}, "grp_attn_n=1 is no self-extend"),
+    "grp_attn_n=4": (
+        {"switches": {"grp_attn_n": 4, "grp_attn_w": 2048}},
+        {"switches": {"grp_attn_w": 2048}},
+        "the text of 1000 + 200 tokens fills no window",
+    ),
 }
 WITH_SAMPLER = {
     **{

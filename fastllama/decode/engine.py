@@ -13,6 +13,8 @@ from fastllama.cache.budget import CacheShape, require
 from fastllama.cache.float_cache import FloatCache
 from fastllama.cache.small_cache import SmallCache, cache_for
 from fastllama.decode.binding import Binding, chooser, require_weights
+from fastllama.decode.cache_device import model_device
+from fastllama.decode.cache_device import words as device_words
 from fastllama.decode.chunks import automatic_chunk
 from fastllama.decode.context.choose import context_for, positions_needed, require_context
 from fastllama.decode.context.choose import words as context_words
@@ -93,7 +95,7 @@ class Engine:
         return nbytes
 
     def _reserve(self, model: nn.Module, shape: CacheShape, config: FastConfig) -> None:
-        self.context = context_for(model, config, shape.batch_size)
+        self.context = context_for(model, config, shape)
         self.config = config
         self.cache = cache_for(shape, stock=config.products == "stock")
         self.refresh(model)
@@ -108,16 +110,15 @@ class Engine:
 
     def _make_rotary(self, model: nn.Module) -> None:
         shape = self.cache.shape
-        self.rotary = RotaryTable(model.model.rotary_emb, shape.reserved_length, shape.dtype, shape.device)
+        self.rotary = RotaryTable(model.model.rotary_emb, shape.reserved_length, shape.dtype, model_device(model))
 
     def _make_step(self, model: nn.Module) -> None:
         self._native = None
         if self.config.compile == "native":
             self._native_obstacle = obstacle(model, self.cache.shape)
-            if self.context is not None and self.context.extends:
-                self._native_obstacle = "self-extend"
             if self._native_obstacle is None:
-                self._native = NativeStep(self.weights, self.cache, self.rotary)
+                offset_B = None if self.context is None else self.context.offset_B
+                self._native = NativeStep(self.weights, self.cache, self.rotary, offset_B)
             self._step, self._addresses = step, None
             return
         # What a module that is not a plain product does may change without its weights' addresses changing.
@@ -208,7 +209,7 @@ class Engine:
 
         `chunk` is the caller's own chunk length, in columns of the padded prompt.
         """
-        device = self.cache.shape.device
+        device = self.rotary.device
         tokens_BP, lengths = prompt.tokens.to(device), prompt.lengths.to(device)
         batch, total = tokens_BP.shape[:2]
         size = chunk or self.config.prefill_chunk or automatic_chunk(batch, total, device.type)
@@ -239,6 +240,7 @@ class Engine:
     def step(self, ids_BQ: torch.Tensor, branching: Branching | None = None) -> torch.Tensor:
         """Logits [B, Q, V] of the newest tokens, after storing them. `branching`: they are of a tree."""
         cache = self.cache
+        ids_BQ = ids_BQ.to(self.rotary.device)
         rows, tokens = ids_BQ.shape
         used = self._used + tokens
         if rows < cache.shape.batch_size:  # idle rows write at position 0 and are ignored
@@ -360,4 +362,5 @@ class Engine:
             attention = f", {self.cache.words}"
         elif self.weights.prompt_attention == "native":
             attention += ", C++ prompt attention"
+        attention += device_words(self.config, self.rotary.device)
         return f"{kind}, {how}, {self.weights.words}{attention}{context_words(self.config, self.context)}"

@@ -61,7 +61,7 @@ def sample_loop(
             break  # surplus steps are undone where they were made: before the move
         if engine.room() < 1:
             engine.grow(model)
-        logits_BV = engine.step(chosen_B[:, None].to(engine.cache.shape.device))[:, -1]
+        logits_BV = engine.step(chosen_B[:, None])[:, -1]
 
     if stop.surplus:
         choice.undo(stop.surplus)
@@ -99,6 +99,6 @@ def copied_out(model: nn.Module, engine: Engine, prompt: Prompt, batch: int) -> 
                 where = list(range(real)) if columns is None else columns[row][:real]
                 out[row, :, where] = storage[row, :, :real]
                 out[row, :, width - new :] = storage[row, :, real:length]
-            pair.append(out)
+            pair.append(out.to(model.device))
         result.update(*pair, layer)
     return result

@@ -6,6 +6,7 @@ from torch import nn
 
 from fastllama.cache.budget import CacheShape
 from fastllama.cache.footprint import best_fitting
+from fastllama.decode.cache_device import cache_device
 from fastllama.decode.memory_size import parse_size
 from fastllama.model.config import FastConfig
 from fastllama.model.rotary import is_stateful
@@ -17,7 +18,8 @@ _AHEAD = 1024  # new tokens that an implicit cache reserves at once: max_length 
 def shape_for(model: nn.Module, batch_size: int, cache_length: int, config: FastConfig) -> CacheShape:
     """The cache of a transformers Llama.
 
-    Raises `ValueError` for a size that is not an integer of 1 or more, and for a format that the model cannot have.
+    Raises `ValueError` for a size that is not an integer of 1 or more, for a format that the model cannot have, and as
+    `cache_device` does.
     """
     for name, value in (("batch_size", batch_size), ("cache_length", cache_length)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -30,7 +32,7 @@ def shape_for(model: nn.Module, batch_size: int, cache_length: int, config: Fast
         cache_length=max(cache_length, 2),  # torch specialises sizes 0 and 1
         head_dim=model.model.layers[0].self_attn.head_dim,
         dtype=weight.dtype,
-        device=weight.device,
+        device=cache_device(model, config),
         cache_k=config.cache_k,
         cache_v=config.cache_v,
     )

@@ -71,7 +71,8 @@ class Contestant:
         if new_ids.shape != (len(input_ids), new_tokens):
             raise RuntimeError(f"{self.name} returned {tuple(new_ids.shape)} new tokens and not {new_tokens} a row")
         if self.name in _OURS:
-            self._path = self.model.path  # of this contestant's own call: two may share a model
+            if new_tokens > 1 or self._path is None:  # with one token nothing is stepped, and no context moves
+                self._path = self.model.path  # of this contestant's own call: two may share a model
             self.told = self._report() if self.assistance else None
         return new_ids, seconds
 

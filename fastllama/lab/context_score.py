@@ -62,8 +62,8 @@ def rotation_error(keys_KSD: torch.Tensor, inv_freq: torch.Tensor, distance: int
 def score(ours, vanilla, ids: list[int], every: int) -> ContextScore:
     """Reads `ids` token by token through a cache that shifts, and compares from the first shift on.
 
-    `ours` is preallocated with context_shift; every `every`-th position `vanilla` reads what the cache holds, anew. The text's
-    own next token is what both predict. Raises `ValueError` where the text is too short to shift.
+    `ours` is preallocated with context_shift; at every `every`-th position `vanilla` reads anew what the cache holds.
+    Both predict the text's own next token. Raises `ValueError` where the text is too short to shift.
     """
     cache = ours._engine.cache
     cache_length = cache.shape.cache_length

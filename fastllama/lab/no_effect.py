@@ -76,14 +76,19 @@ REASONS = (
         lambda kept, default: kept["new_tokens"] == 1,
     ),
     Reason(
-        ("context_shift", "keep"),
-        "the text of {prompt_length} + {new_tokens} tokens fits the cache",
-        lambda kept, default: kept["prompt_length"] + kept["new_tokens"] <= kept["cache_length"],
+        ("cache_device",),
+        "the model is on the CPU already",
+        lambda kept, default: kept["device"] == "cpu",
     ),
     Reason(
         ("keep",),
         "without context_shift nothing is dropped",
         lambda kept, default: not _of("context_shift", kept),
+    ),
+    Reason(
+        ("context_shift", "keep"),
+        "the text of {prompt_length} + {new_tokens} tokens fits the cache",
+        lambda kept, default: kept["prompt_length"] + kept["new_tokens"] <= kept["cache_length"],
     ),
     Reason(
         ("grp_attn_w",),

@@ -197,8 +197,8 @@ class Point:
         words += ["--static-cache"] if self.static_cache else []
         words += ["--compile", self.compile]
         for name, value in sorted(self.switches.items()):
-            if name != "compile" and value is not None:
-                words += [_flag(name), str(value)]
+            if name != "compile" and value is not None and value is not False:
+                words += [_flag(name)] if value is True else [_flag(name), str(value)]
         sizes = asdict(self.workload)
         del sizes["prompt_file"], sizes["sampler"]
         sizes["cache_length"] = self.cache_length

@@ -60,6 +60,11 @@ class FastConfig:
         lossless=False,
     )
 
+    cache_device: str | None = _switch(
+        None,
+        "where keys, values and attention are; None is beside the weights, cpu leaves an accelerator's memory to them",
+        "None, cpu",
+    )
     context_shift: bool = _switch(
         False,
         "go on when the cache is full: drop the older half of what a row holds behind its first keep tokens, and move "
@@ -120,6 +125,7 @@ _IS_ALLOWED = {
     "weights": lambda value: value is None or value in WEIGHTS,
     "cache_k": lambda value: value is None or value in FORMATS,
     "cache_v": lambda value: value is None or value in FORMATS,
+    "cache_device": lambda value: value in (None, "cpu"),
     "context_shift": lambda value: isinstance(value, bool),
     "keep": lambda value: _is_int(value, -1),
     "grp_attn_n": lambda value: _is_int(value, 1),

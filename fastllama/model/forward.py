@@ -28,6 +28,11 @@ def _query_key_value(weights: Weights, block: Block, hidden_BQE, cos_BQD, sin_BQ
     return rotate(query, cos_BQD, sin_BQD), rotate(key, cos_BQD, sin_BQD), value
 
 
+def _on(device: torch.device, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors on a cache's device, or back on the model's: mostly one."""
+    return tensors if tensors[0].device == device else tuple(x.to(device) for x in tensors)
+
+
 def _mlp(block: Block, hidden_BQE: torch.Tensor) -> torch.Tensor:
     gate, up = block.gate_up(block.post_norm(hidden_BQE))
     return block.down(block.activation(gate) * up)
@@ -53,11 +58,12 @@ def prefill_chunk(
     native, mask = weights.prompt_attention == "native", None
     small = isinstance(cache, SmallCache)
     if past and not native and not small:
-        seen = torch.ones(tokens, past + tokens, dtype=torch.bool, device=hidden_BQE.device).tril_(past)
-        mask = torch.zeros(1, 1, tokens, past + tokens, dtype=hidden_BQE.dtype, device=hidden_BQE.device)
+        seen = torch.ones(tokens, past + tokens, dtype=torch.bool, device=cache.shape.device).tril_(past)
+        mask = torch.zeros(1, 1, tokens, past + tokens, dtype=hidden_BQE.dtype, device=cache.shape.device)
         mask.masked_fill_(~seen, float("-inf"))
     for index, block in enumerate(weights.blocks):
         query, key, value = _query_key_value(weights, block, hidden_BQE, cos_BQD, sin_BQD)
+        query, key, value = _on(cache.shape.device, query, key, value)
         cache.write_prompt(index, key, value, past)
         if small:
             attended = cache.attend_prompt(index, query, past, weights.scale)
@@ -70,6 +76,7 @@ def prefill_chunk(
             attended = attend_cache(query, keys, values, mask, weights.scale)
         else:
             attended = attend_causal(query, key, value, weights.scale)
+        (attended,) = _on(hidden_BQE.device, attended)
         hidden_BQE = _finish_prompt_block(block, hidden_BQE, attended)
     return hidden_BQE
 
@@ -96,6 +103,7 @@ def step(
     hidden_BQE = weights.embed(ids_BQ)
     used = positions_S.shape[0]
     small = isinstance(keys, Side)
+    device = positions_S.device  # the cache's
     if branching is not None:
         mask_B1QS = branching.mask(index_BQ, positions_S, hidden_BQE.dtype)
     elif small:
@@ -104,6 +112,7 @@ def step(
         mask_B1QS = mask_for(mask_B11S, rows_B1, index_BQ, positions_S)
     for layer, block in enumerate(weights.blocks):
         query, key, value = _query_key_value(weights, block, hidden_BQE, cos_BQD, sin_BQD)
+        query, key, value = _on(device, query, key, value)
         if small:
             keys.write(layer, key, index_BQ)
             values.write(layer, value, index_BQ)
@@ -117,6 +126,7 @@ def step(
             write_tokens(key_BKSD, rows_B1, index_BQ, key)
             write_tokens(value_BKSD, rows_B1, index_BQ, value)
             attended = attend_cache(query, key_BKSD[:, :, :used], value_BKSD[:, :, :used], mask_B1QS, weights.scale)
+        (attended,) = _on(hidden_BQE.device, attended)
         hidden_BQE = hidden_BQE + block.o(attended)
         hidden_BQE = hidden_BQE + _mlp(block, hidden_BQE)
     valid_past_index.add_(ids_BQ.shape[1])

@@ -21,7 +21,7 @@ from fastllama.model.weights import Weights
 
 def obstacle(model: nn.Module, shape: CacheShape) -> str | None:
     """Why this model's step, on a cache of this shape, cannot be one C++ call; None when it can."""
-    if shape.device.type != "cpu":
+    if shape.device.type != "cpu" or model.model.norm.weight.device.type != "cpu":
         return "the model is not on a CPU"
     if shape.dtype not in FLOATS.values():
         return f"the model is in {shape.dtype}"
@@ -72,9 +72,18 @@ def _layers(cache: FloatCache | SmallCache) -> tuple[list, list]:
 
 
 class NativeStep:
-    """Appends ids [B, Q] to the cache it was made with; returns logits [B, Q, V]."""
+    """Appends ids [B, Q] to the cache it was made with; returns logits [B, Q, V].
 
-    def __init__(self, weights: Weights, cache: FloatCache | SmallCache, rotary: RotaryTable):
+    `offset_B`, int64 [B], is read at each step: how far a row's positions are below its tokens' places in the cache.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        cache: FloatCache | SmallCache,
+        rotary: RotaryTable,
+        offset_B: torch.Tensor | None = None,
+    ):
         products = _products(weights)
         norms = [norm for block in weights.blocks for norm in (block.input_norm, block.post_norm)] + [weights.norm]
         self._step = torch.classes.fastllama_native.Step(
@@ -90,6 +99,7 @@ class NativeStep:
             cache.valid_past_index,
             rotary.cos_SD.contiguous(),
             rotary.sin_SD.contiguous(),
+            offset_B,
             [weights.num_heads, weights.num_kv_heads, weights.head_dim],
             [weights.scale, *(norm.eps for norm in norms)],
         )

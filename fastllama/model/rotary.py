@@ -40,6 +40,11 @@ class RotaryTable:
                 self.sin_SD[start : start + _BLOCK] = signed_sin(sin_1SD[0])
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.sample.device
+
+    @property
     def nbytes(self) -> int:
         return 0 if self.stateful else self.cos_SD.nbytes + self.sin_SD.nbytes
 
@@ -55,6 +60,7 @@ class RotaryTable:
 
     def at(self, index_BQ: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and signed sin [B, Q, D]."""
+        index_BQ = index_BQ.to(self.device)
         if self.stateful:
             cos_BQD, sin_BQD = self.module(self.sample, index_BQ)
             return cos_BQD.contiguous(), signed_sin(sin_BQD)

@@ -3,6 +3,7 @@
 from torch import nn
 from transformers.utils import logging
 
+from fastllama.cache.budget import CacheShape
 from fastllama.decode.context.extend import SelfExtend
 from fastllama.decode.context.shift import ContextShift
 from fastllama.model.config import FastConfig
@@ -38,15 +39,13 @@ def require_unassisted(*configs: FastConfig) -> None:
             )
 
 
-def context_for(model: nn.Module, config: FastConfig, batch_size: int) -> ContextShift | SelfExtend | None:
+def context_for(model: nn.Module, config: FastConfig, shape: CacheShape) -> ContextShift | SelfExtend | None:
     """None where a text must fit the cache and the model. Raises `ValueError` as `require_context` does."""
     require_context(model, config)
     if config.grp_attn_n > 1:
         if config.context_shift:
             logger.warning_once(f"fastllama: context_shift is ignored beside grp_attn_n={config.grp_attn_n}")
-        return SelfExtend(
-            config.grp_attn_n, config.grp_attn_w, batch_size, model.model.layers[0].input_layernorm.weight.device
-        )
+        return SelfExtend(config.grp_attn_n, config.grp_attn_w, shape.batch_size, shape.device)
     if config.context_shift:
         begin_id = model.config.bos_token_id
         return ContextShift(
@@ -70,6 +69,12 @@ def positions_needed(config: FastConfig, held: int | None, longest: int, prompt_
             f"reserved {held} positions"
         )
     return positions if prompt_length > held else min(positions, held)
+
+
+def positions_used(config: FastConfig, cache_length: int) -> int:
+    """Positions that the tokens of a full cache stand at."""
+    shrunk = config.grp_attn_w - config.grp_attn_w // config.grp_attn_n
+    return cache_length - cache_length // config.grp_attn_w * shrunk
 
 
 def words(config: FastConfig, context: ContextShift | SelfExtend | None) -> str:

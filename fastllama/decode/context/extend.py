@@ -17,7 +17,7 @@ from fastllama.kernels.rope import turns
 
 
 class SelfExtend:
-    """`offset_B`, int64 [B] on the model's device: how far below its place in the cache a row's next token stands."""
+    """`offset_B`, int64 [B] on the cache's device: how far below its place in the cache a row's next token stands."""
 
     extends = True
 
@@ -72,7 +72,7 @@ class SelfExtend:
                 continue
             index_S = cache.positions[old * self.w : length]
             target_S = torch.where(index_S < new * self.w, index_S // self.n, index_S - new * self.shrunk)
-            turn = turns(rotary.module.inv_freq, target_S - (index_S - old * self.shrunk))
+            turn = turns(rotary.module.inv_freq.to(index_S.device), target_S - (index_S - old * self.shrunk))
             move(cache, rows, old * self.w, old * self.w, len(index_S), *turn)
             self.offset_B[rows] = new * self.shrunk
         self.windows = [max(old, new) for old, new, _ in found]

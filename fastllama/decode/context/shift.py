@@ -74,7 +74,7 @@ class ContextShift:
             if drop.count == 0:
                 continue
             source = drop.keep + drop.count
-            turn = turns(rotary.module.inv_freq, -drop.count)
+            turn = turns(rotary.module.inv_freq.to(cache.shape.device), -drop.count)
             move(cache, rows, source, drop.keep, drop.length - source, *turn)
             valid_past_index[rows] -= drop.count
         cache.set_valid_past(valid_past_index)

@@ -19,6 +19,6 @@ def window_out(model: nn.Module, cache, lengths: list[int]) -> DynamicCache:
             out_BKSD = storage_BKSD.new_zeros(storage_BKSD.shape)
             for row, length in enumerate(lengths):
                 out_BKSD[row, :, width - length :] = storage_BKSD[row, :, :length]
-            pair.append(out_BKSD)
+            pair.append(out_BKSD.to(model.device))
         result.update(*pair, layer)
     return result

@@ -49,16 +49,17 @@ class Step : public torch::CustomClassHolder {
  public:
   // matrices, scales, biases, rows and columns: qkv, o, gate and up, down of each layer, the head, the embedding. One
   // without scales is in the model's dtype, the others are quants. norms: input and post of each layer, then the last.
-  // keys and values: each layer's parts, in the two formats. mask: none where nobody else reads one. sizes: heads, kv
-  // heads, head dim. numbers: attention scale, then each norm's epsilon.
+  // keys and values: each layer's parts, in the two formats. mask: none where nobody else reads one. offset: none where
+  // positions are places in the cache. sizes: heads, kv heads, head dim. numbers: attention scale, then each norm's
+  // epsilon.
   Step(std::vector<at::Tensor> matrices, std::vector<std::optional<at::Tensor>> scales,
        std::vector<std::optional<at::Tensor>> biases, std::vector<int64_t> rows, std::vector<int64_t> columns,
        std::vector<at::Tensor> norms, CachedLayers keys, CachedLayers values, std::vector<std::string> formats,
        std::optional<at::Tensor> mask, at::Tensor valid_past_index, at::Tensor cos, at::Tensor sin,
-       std::vector<int64_t> sizes, std::vector<double> numbers)
+       std::optional<at::Tensor> offset, std::vector<int64_t> sizes, std::vector<double> numbers)
       : matrices_(std::move(matrices)), scales_(std::move(scales)), biases_(std::move(biases)), norms_(std::move(norms)),
         keys_(std::move(keys)), values_(std::move(values)),
-        others_{norms_.at(0), mask.value_or(cos), valid_past_index, cos, sin} {
+        others_{norms_.at(0), mask.value_or(cos), valid_past_index, cos, sin, offset.value_or(valid_past_index)} {
     const size_t L = keys_.size();
     const size_t W = 4 * L + 2;
     TORCH_CHECK(matrices_.size() == W && scales_.size() == W && biases_.size() == W && rows.size() == W &&
@@ -70,6 +71,8 @@ class Step : public torch::CustomClassHolder {
     TORCH_CHECK(L > 0 && !keys_[0].empty() && keys_[0][0].dim() == 4, "Step: keys are not [B, K, S, n]");
     const Sizes shape{sizes[0], sizes[1], sizes[2], keys_[0][0].size(0), keys_[0][0].size(2), (float)numbers[0]};
     TORCH_CHECK(!mask || mask->numel() == shape.batch * shape.positions, "Step: the mask is not of the cache's size");
+    TORCH_CHECK(others_[5].scalar_type() == at::kLong && others_[5].is_contiguous() && others_[5].numel() == shape.batch,
+                "Step: the offset is not int64 [B]");
     for (const auto* layers : {&keys_, &values_})
       for (const auto& parts : *layers)
         TORCH_CHECK(!parts.empty() && parts[0].dim() == 4 && parts[0].size(0) == shape.batch &&
@@ -102,6 +105,7 @@ class Step : public torch::CustomClassHolder {
       decoder.eps = (float)numbers[2 * L + 1];
       decoder.mask = mask ? others_[1].mutable_data_ptr<T>() : nullptr;
       decoder.valid_past_index = others_[2].mutable_data_ptr<int64_t>();
+      decoder.offset = offset ? data<int64_t>(others_[5]) : nullptr;
       decoder.cos = data<T>(others_[3]);
       decoder.sin = data<T>(others_[4]);
     };
@@ -148,7 +152,8 @@ TORCH_LIBRARY(fastllama_native, library) {
                        std::vector<std::optional<at::Tensor>>, std::vector<int64_t>, std::vector<int64_t>,
                        std::vector<at::Tensor>, CachedLayers, CachedLayers, std::vector<std::string>,
                        std::optional<at::Tensor>,
-                       at::Tensor, at::Tensor, at::Tensor, std::vector<int64_t>, std::vector<double>>())
+                       at::Tensor, at::Tensor, at::Tensor, std::optional<at::Tensor>, std::vector<int64_t>,
+                       std::vector<double>>())
       .def("run", &Step::run);
 }
 TORCH_LIBRARY_IMPL(fastllama_native, CPU, library) {

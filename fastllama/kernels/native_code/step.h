@@ -60,6 +60,7 @@ class Decoder {
   const T* sin;  // [S, D], its first half negated
   T* mask;       // [B, S], or null
   int64_t* valid_past_index;
+  const int64_t* offset;  // [B], by which a row's positions are below its tokens' places in the cache; or null
 
   // Appends ids [B, Q]; writes logits [B, Q, V].
   void run(const int64_t* ids, int64_t Q, T* logits) {
@@ -174,8 +175,9 @@ class Decoder {
       const int64_t m = task / (N + 2 * K), h = task % (N + 2 * K), b = m / Q, q = m % Q;
       const int64_t position = valid_past_index[b] + q;
       const float* from = qkv_.data() + m * layer.qkv.N + h * D;
-      const T* c = cos + position * D;
-      const T* s = sin + position * D;
+      const int64_t turn = (position - (offset ? offset[b] : 0)) * D;
+      const T* c = cos + turn;
+      const T* s = sin + turn;
       auto rotated = [&](int64_t d) { return from[d] * float(c[d]) + from[d < half ? d + half : d - half] * float(s[d]); };
       if (h < N) {  // row (q, head in the group) of the kv head
         const int64_t row = (b * K + h / G) * G * Q + (h % G) * Q + q;
