@@ -108,7 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_assistance(parser.add_argument_group("assistance (ours is timed with it and without, in turns)"))
     many = parser.add_argument_group("many prompts (ours generates for each of them, and nothing is measured)")
     many.add_argument("--prompts", metavar="FILE", help='a JSON object a line: {"prompt": "text"}')
-    many.add_argument("--out", metavar="FILE", help="a JSON object a line for each of them; resumes what was interrupted")
+    many.add_argument(
+        "--out", metavar="FILE", help="a JSON object a line for each of them; resumes what was interrupted"
+    )
     many.add_argument("--slots", type=_size, metavar="N", help="prompts that are decoded together (8)")
     how = parser.add_argument_group("how it is measured")
     what.add_argument("--products", help="how a CPU multiplies: auto, stock, native or packed")
@@ -200,8 +202,20 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 def _check_prompts(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """--prompts and --out go together, and beside them stands what says how to generate."""
     if (options.prompts is None) != (options.out is None) or (options.slots and options.prompts is None):
-        parser.error("--prompts, --out and --slots go together: what to generate for, where to write it, how many at once")
-    names = ("task", "batch_size", "prompt_length", "prompt_file", "sweep", "dry_run", "retry_failed", "profile", "json")
+        parser.error(
+            "--prompts, --out and --slots go together: what to generate for, where to write it, how many at once"
+        )
+    names = (
+        "task",
+        "batch_size",
+        "prompt_length",
+        "prompt_file",
+        "sweep",
+        "dry_run",
+        "retry_failed",
+        "profile",
+        "json",
+    )
     names += ("memory_profile", "memory_only", "profile_point", "record", "format", "static_cache", "draft", "runs")
     names += ("prompt_lookup", "draft_weights")
     given = [name for name in names if getattr(options, name)]
