@@ -10,11 +10,12 @@ from statistics import median
 import torch
 from transformers import GenerationConfig
 
+from fastllama.demo.text import held_out_text
 from fastllama.lab import checkpoint, many, paged, vanilla, workload
 from fastllama.lab.contestant import Contestant
 from fastllama.lab.line import Bound, Case, Line, Measured
 from fastllama.lab.parity import compare
-from fastllama.lab.workload import Prompt, Workload
+from fastllama.lab.workload import Prompt
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,14 @@ _LEAST = 16
 
 def asked(case: ManyCase, tokenizer) -> tuple[list[list[int]], list[int]]:
     """(prompts cut from the held-out text, most new tokens of each), from the case's seed."""
+    begin = workload.begin_ids(tokenizer)
+    tokens = tokenizer(held_out_text(), add_special_tokens=False, verbose=False).input_ids
     prompts, limits = [], []
     for place in range(case.prompts):
         draw = random.Random(f"prompt {case.seed} {place}")
-        length = draw.randint(min(_LEAST, case.prompt_length), case.prompt_length)
-        work = Workload(1, length, 1, seed=case.seed * case.prompts + place)
-        prompts.append(workload.prompt(work, tokenizer).input_ids[0].tolist())
+        taken = draw.randint(min(_LEAST, case.prompt_length), case.prompt_length) - len(begin)
+        start = draw.randrange(len(tokens) - taken + 1)
+        prompts.append(begin + tokens[start : start + taken])
         limits.append(draw.randint(min(_LEAST, case.new_tokens), case.new_tokens))
     return prompts, limits
 
