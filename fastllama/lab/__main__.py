@@ -13,6 +13,7 @@ from fastllama.lab import (
     evaluation,
     export,
     memory_table,
+    parallel,
     planner,
     plot,
     readme,
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     plot.arguments(commands)
     planner.arguments(commands)
     memory_table.arguments(commands)
+    parallel.arguments(commands)
     return parser
 
 
@@ -83,6 +85,8 @@ def _run(arguments) -> int:
         return planner.run(arguments)
     if arguments.command == "memory-table":
         return memory_table.run(arguments)
+    if arguments.command == "parallel":
+        return parallel.run(arguments)
     if arguments.command == "compare":
         return compare.run(arguments)
     if arguments.command == "eval":

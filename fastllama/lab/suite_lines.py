@@ -4,7 +4,7 @@ Ours is always preallocated, with the native step on a CPU and compiled static o
 vanilla is transformers' own class, eager, in turns with ours.
 """
 
-from fastllama.lab import assisted_lines, beside, rounds, small_rounds, start
+from fastllama.lab import assisted_lines, beside, many_lines, rounds, small_rounds, start
 from fastllama.lab.line import Bound, Case, Line
 
 
@@ -199,6 +199,7 @@ CPU = (
         Case("demo", "fp32"),
     ),
     *assisted_lines.CPU,
+    *many_lines.CPU,
 )
 
 GPU = (
