@@ -217,9 +217,29 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if options.dry_run and (profiled or options.record):
         parser.error("--dry-run measures nothing: leave out --profile, --memory-profile and --record")
     if options.task is not None:
-        _refuse_beside_task(parser, options)
+        _refuse(parser, options, ("new_tokens", *_MEASURED), "--task has its own prompts and its own table")
     _check_prompts(parser, options)
     return options
+
+
+# What a file of prompts and a task of examples have no use for: they bring their own sizes and their own output.
+_MEASURED = (
+    "batch_size",
+    "prompt_length",
+    "prompt_file",
+    "sweep",
+    "dry_run",
+    "retry_failed",
+    "profile",
+    "memory_profile",
+)
+_MEASURED += ("memory_only", "profile_point", "record", "format")
+
+
+def _refuse(parser: argparse.ArgumentParser, options: argparse.Namespace, names: tuple[str, ...], why: str) -> None:
+    given = next((name for name in names if getattr(options, name)), None)
+    if given is not None:
+        parser.error(f"{why}: leave out --{given.replace('_', '-')}")
 
 
 def _check_prompts(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -228,89 +248,30 @@ def _check_prompts(parser: argparse.ArgumentParser, options: argparse.Namespace)
         parser.error(
             "--prompts, --out and --slots go together: what to generate for, where to write it, how many at once"
         )
-    names = (
-        "task",
-        "batch_size",
-        "prompt_length",
-        "prompt_file",
-        "sweep",
-        "dry_run",
-        "retry_failed",
-        "profile",
-        "json",
-    )
-    names += ("memory_profile", "memory_only", "profile_point", "record", "format", "static_cache", "draft", "runs")
-    names += ("prompt_lookup", "draft_weights")
-    given = [name for name in names if getattr(options, name)]
-    if options.prompts is not None and given:
-        parser.error(f"--prompts has its own prompts and measures nothing: leave out --{given[0].replace('_', '-')}")
-    if options.prompts is not None and len(options.new_tokens or [1]) > 1:
-        parser.error("--prompts takes one --new-tokens; a line of the file can have its own max_new_tokens")
+    if options.prompts is not None:
+        names = ("task", *_MEASURED, "json", "static_cache", "draft", "runs", "prompt_lookup", "draft_weights")
+        _refuse(parser, options, names, "--prompts has its own prompts and measures nothing")
+        if len(options.new_tokens or [1]) > 1:
+            parser.error("--prompts takes one --new-tokens; a line of the file can have its own max_new_tokens")
 
 
-def _refuse_beside_task(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """A task has its own prompts, sizes and table."""
-    names = ("batch_size", "prompt_length", "new_tokens", "prompt_file", "sweep", "dry_run", "retry_failed", "profile")
-    names += ("memory_profile", "memory_only", "profile_point", "record", "format")
-    given = [name for name in names if getattr(options, name)]
-    if given:
-        parser.error(f"--task has its own prompts and its own table: leave out --{given[0].replace('_', '-')}")
-
-
-def _run_task(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from fastllama.lab.option import OPTIONS
-    from fastllama.lab.progress import progress
-    from fastllama.lab.tasks import run, table
-
-    given = {name: value for name in OPTIONS if (value := getattr(options, name)) is not None}
-    task = run.plan(options.task, given, options.runs or NUM_RUNS, options.warmup)
-    with progress(task.steps) as begin:
-        lines = run.run(task, options.json, begin)
-    Console().print(table.of(lines))
-    return 0
-
-
-def _run_many(options: argparse.Namespace) -> int:
-    from fastllama.lab import many
+def _given(options: argparse.Namespace) -> dict:
+    """What was said of a point, by the names of its options."""
     from fastllama.lab.option import OPTIONS
 
-    given = {name: value for name in OPTIONS if name != "new_tokens" and (value := getattr(options, name)) is not None}
-    new_tokens = (options.new_tokens or NEW_TOKENS)[0]
-    return many.run(given, Path(options.prompts), Path(options.out), options.slots, new_tokens, print)
+    return {name: value for name in OPTIONS if (value := getattr(options, name)) is not None}
 
 
 def _plan(options: argparse.Namespace):
     from fastllama.lab import plan, trace
-    from fastllama.lab.option import OPTIONS
 
-    given = {name: getattr(options, name) for name in OPTIONS}
-    given = {name: value for name, value in given.items() if value is not None}
     defaults = {
         "batch_size": BATCH_SIZES,
         "prompt_length": PROMPT_LENGTHS,
         "new_tokens": [trace.NEW_TOKENS] if options.profile else NEW_TOKENS,
     }
     runs = options.runs or (1 if options.profile else plan.RUNS if options.sweep else NUM_RUNS)
-    return plan.make(given, options.sweep, defaults, runs, options.warmup)
-
-
-def _warn(points: list) -> None:
-    from fastllama.lab import checkpoint
-
-    point = points[0]
-    if point.dtype == "fp16" and point.device == "cpu":
-        print("warning: fp16 is slow on a CPU, which computes it through fp32; fp32 or bf16 suit it", file=sys.stderr)
-    found = checkpoint.outline(point.model, point.torch_dtype)
-    longest = max(point.positions for point in points)
-    # preallocate says so itself.
-    if not point.preallocate and longest > found.config.max_position_embeddings:
-        print(
-            f"warning: {longest} positions are more than the {found.config.max_position_embeddings} "
-            f"(max_position_embeddings) that {point.model_name} was made for",
-            file=sys.stderr,
-        )
+    return plan.make(_given(options), options.sweep, defaults, runs, options.warmup)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -319,22 +280,37 @@ def _run(options: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from fastllama import demo
-    from fastllama.lab import dry_run, export, measure, record, sweep, sweep_table, table, timeline, trace
+    from fastllama.lab import (
+        dry_run,
+        export,
+        many,
+        measure,
+        record,
+        sweep,
+        sweep_table,
+        table,
+        timeline,
+        trace,
+        warnings,
+    )
     from fastllama.lab.progress import progress
+    from fastllama.lab.tasks import command
 
     logging.disable_progress_bar()  # one bar at a time
     hub_logging.set_verbosity_error()  # a hub out of reach is one error, not ten retries
     if options.task is not None:
-        return _run_task(options)
+        return command.run(options.task, _given(options), options.runs or NUM_RUNS, options.warmup, options.json)
     if options.prompts is not None:
-        return _run_many(options)
+        (new_tokens,) = options.new_tokens or NEW_TOKENS[:1]
+        given = {name: value for name, value in _given(options).items() if name != "new_tokens"}
+        return many.run(given, Path(options.prompts), Path(options.out), options.slots, new_tokens, print)
     if options.record is not None:
         record.check_recordable(options.commit)
     if options.format is not None:
         export.check_output(options.format, options.output, tuple(filter(None, [options.json])))
     plan = _plan(options)
     points = plan.points if options.profile_point is None else [plan.find(options.profile_point)]
-    _warn(points)
+    warnings.say(points)
     # Where the points go to stdout in a format, nothing else may.
     console = Console(stderr=options.format is not None and options.output is None)
     if options.profile:

@@ -2,12 +2,12 @@
 
 import functools
 from contextvars import ContextVar
-from dataclasses import replace
 
 import torch
 import transformers
 from transformers.utils import logging
 
+from fastllama.decode import own_loop
 from fastllama.decode.assisted.call import assisted_call
 from fastllama.decode.assisted.companions import Companions
 from fastllama.decode.assisted.report import Assisted
@@ -17,11 +17,11 @@ from fastllama.decode.engine import Engine
 from fastllama.decode.loop import sample_loop
 from fastllama.decode.many.call import SHARED, run_many
 from fastllama.decode.many.result import Generated
-from fastllama.decode.prompt import unpad
 from fastllama.decode.reservation import within
 from fastllama.decode.sampling import call as sampling_call
 from fastllama.decode.sampling.options import Sampling
 from fastllama.decode.support import call_obstacle, model_obstacle
+from fastllama.decode.switches import switched
 from fastllama.model.config import FastConfig
 from fastllama.model.small_linear import held_format
 from fastllama.model.small_loading import known_to_transformers, quantised_by
@@ -98,13 +98,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         not allowed or a model that the fast path cannot run, `MemoryError` for what does not fit, and keeps the earlier
         reservation then.
         """
-        if config is not None and switches:
-            raise ValueError("pass either config or single switches to preallocate, not both")
-        unknown = sorted(switches.keys() - FastConfig.__dataclass_fields__.keys())
-        if unknown:
-            allowed = ", ".join(FastConfig.__dataclass_fields__)
-            raise ValueError(f"preallocate has no switch {unknown[0]!r}; allowed: {allowed}")
-        config = replace(self._engine.default or FastConfig(), **switches) if config is None else config
+        config = switched(config, self._engine.default, switches)
         obstacle = model_obstacle(self)
         if obstacle is not None:
             raise ValueError(f"preallocate cannot be honoured: {obstacle}")
@@ -149,13 +143,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         Rows may be padded on the left (`attention_mask` [B, T], 0 at padding). Raises `ValueError` when an explicit
         cache is too small or the model's forward must stay the parent's.
         """
-        self._require_fast()
-        prompt = unpad(input_ids, attention_mask)
-        with self._engine.lock:
-            self._engine.refresh(self)
-            self._engine.fit(self, input_ids.shape[0], prompt.longest, prompt.longest)
-            self._engine.begin(input_ids.shape[0])
-            return self._engine.prefill(prompt).clone()
+        return own_loop.prefill(self, self._engine, input_ids, attention_mask)
 
     @_on_ordinary_tensors
     def step(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -164,22 +152,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         The model must be as it was at the prefill. Raises `ValueError` before any prefill, for another number of
         rows, without a token, or when an explicit cache is full.
         """
-        if input_ids.shape[1] == 0:
-            raise ValueError("step() was given no token")
-        # One layout for compiled code, whatever the caller sliced it from.
-        ids = input_ids.to(self.device, torch.int64, copy=True, memory_format=torch.contiguous_format)
-        with self._engine.lock:
-            self._engine.require_rows(ids.shape[0])
-            if not self._engine.binding.is_whole:  # weights were moved, or asked for, since the prefill
-                self._engine.refresh(self)
-            while self._engine.room() < ids.shape[1]:
-                self._engine.grow(self, ids.shape[1])
-            return self._engine.step(ids).clone()
-
-    def _require_fast(self) -> None:
-        obstacle = model_obstacle(self)
-        if obstacle is not None:
-            raise ValueError(f"prefill and step cannot run: {obstacle}")
+        return own_loop.step(self, self._engine, input_ids)
 
     # generation
 

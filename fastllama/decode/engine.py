@@ -1,58 +1,33 @@
-"""Engine: a model's cache, weights, rotary table and step, kept together and kept current.
+"""Engine: prefill and steps on what is reserved, and how many positions are in use.
 
 Legend: B batch, Q query tokens, P prompt tokens, E hidden size, V vocabulary.
 """
 
 import itertools
-import threading
 
 import torch
 from torch import nn
 
-from fastllama.cache.budget import CacheShape, require
-from fastllama.cache.float_cache import FloatCache
-from fastllama.cache.small_cache import SmallCache, cache_for
-from fastllama.decode.binding import Binding, chooser, require_weights
-from fastllama.decode.cache_device import model_device
-from fastllama.decode.cache_device import words as device_words
+from fastllama.cache.budget import require
+from fastllama.decode.binding import chooser, require_weights
 from fastllama.decode.chunks import automatic_chunk
-from fastllama.decode.context.choose import context_for, positions_needed, require_context
-from fastllama.decode.context.choose import words as context_words
+from fastllama.decode.context.choose import positions_needed, require_context
 from fastllama.decode.prompt import Prompt
 from fastllama.decode.reservation import bytes_for, implicit_length, require_fit, same_but_longer, shape_for
+from fastllama.decode.reserved import Reserved
 from fastllama.kernels.linear import NATIVE_ROWS
 from fastllama.model.capture import CapturedStep
-from fastllama.model.compiled import Buckets, compiled_step
 from fastllama.model.config import FastConfig
 from fastllama.model.forward import prefill_chunk, step
-from fastllama.model.native_step import NativeStep, obstacle
-from fastllama.model.rotary import RotaryTable
-from fastllama.model.small_linear import small_tensors
+from fastllama.model.native_step import obstacle
 from fastllama.model.tree import Branching
-from fastllama.model.weights import Weights
-
-# A reservation on first use takes no time for compiling or measuring, and leaves the weights where they are.
-_IMPLICIT = FastConfig(products="stock")
 
 
-class Engine:
-    """State of the fast path. It belongs to one model and is neither copied nor pickled with it."""
+class Engine(Reserved):
+    """The forward passes of the fast path, and where each row stands. Neither copied nor pickled with its model."""
 
     def __init__(self, default: FastConfig | None = None):
-        self.lock = threading.Lock()
-        self.default = default  # what from_pretrained was told
-        self.config = default or _IMPLICIT
-        self.explicit = False
-        self.cache: FloatCache | SmallCache | None = None
-        self.binding = Binding(in_use=self.lock.locked)
-        self.rotary: RotaryTable | None = None
-        self.context = None  # what moves keys of a long text: context/
-        self.reallocations = 0
-        self._step = None
-        self._native: NativeStep | None = None
-        self._native_obstacle: str | None = None
-        self._addresses: tuple[int, ...] | None = None  # of the weights that captured graphs read
-        self._buckets: Buckets | None = None
+        super().__init__(default)
         self._rows = 0  # rows of the call in progress; the cache may have more
         self._used = 0  # positions in use by the longest row, known without asking the device
         self._written = 0  # positions that hold anything, taken back or not
@@ -63,11 +38,6 @@ class Engine:
 
     def __reduce__(self):
         return Engine, (self.default,)
-
-    @property
-    def weights(self) -> Weights | None:
-        """What the forward passes read."""
-        return self.binding.weights
 
     # reservation
 
@@ -94,38 +64,6 @@ class Engine:
             raise
         return nbytes
 
-    def _reserve(self, model: nn.Module, shape: CacheShape, config: FastConfig) -> None:
-        self.context = context_for(model, config, shape)
-        self.config = config
-        self.cache = cache_for(shape, stock=config.products == "stock")
-        self.refresh(model)
-        self._attach(model)
-
-    def _attach(self, model: nn.Module) -> None:
-        shape = self.cache.shape
-        self._buckets = Buckets(self.cache.positions, shape.cache_length, self.config.bucket)
-        self._make_rotary(model)
-        self._make_step(model)
-        self.reallocations += 1
-
-    def _make_rotary(self, model: nn.Module) -> None:
-        shape = self.cache.shape
-        self.rotary = RotaryTable(model.model.rotary_emb, shape.reserved_length, shape.dtype, model_device(model))
-
-    def _make_step(self, model: nn.Module) -> None:
-        self._native = None
-        if self.config.compile == "native":
-            self._native_obstacle = obstacle(model, self.cache.shape)
-            if self._native_obstacle is None:
-                offset_B = None if self.context is None else self.context.offset_B
-                self._native = NativeStep(self.weights, self.cache, self.rotary, offset_B)
-            self._step, self._addresses = step, None
-            return
-        # What a module that is not a plain product does may change without its weights' addresses changing.
-        capture = self.cache.shape.device.type == "cuda" and self.weights.plain
-        self._step = compiled_step(self.config.compile, capture)
-        self._addresses = None
-
     def _warm_up(self, model: nn.Module) -> None:
         """Runs a step at every bucket that would be captured, or where one graph serves all, at the first two and the
         last, so that no later call compiles or captures anything."""
@@ -139,43 +77,6 @@ class Engine:
                 self._used = length - 1
                 self.step(ids)
         self.begin(self.cache.shape.batch_size)
-
-    def free(self) -> None:
-        """Gives the cache, the tables and the compiled step back."""
-        self.forget_weights()
-        self.cache = self._step = self._native = self._buckets = self._addresses = self.context = None
-        self.explicit = False
-        self.config = self.default or _IMPLICIT
-
-    def forget_weights(self) -> None:
-        """Lets go of weights and tables that a move, a cast or a loaded state dict is about to replace."""
-        self.binding.forget()
-        self.rotary = self._native = None
-
-    def refresh(self, model: nn.Module) -> None:
-        """Follows what has been rebound since the last call: adapters, casts and assigned state dicts do that."""
-        plain = self.weights.plain if self.weights is not None else None
-        stale = not self.binding.is_current(model)
-        if stale:
-            self._native = None
-            self.binding.read(model, self.config, self.cache.shape.batch_size if self.cache is not None else 1)
-        if self.cache is None:
-            return
-        self._watch_addresses(model)
-        if self.rotary is None or self.rotary.module is not model.model.rotary_emb:
-            self._make_rotary(model)
-            stale = stale or self.config.compile == "native"
-        native_or_changed = self.config.compile == "native" or self.weights.plain != plain
-        if stale and self._step is not None and native_or_changed:
-            self._make_step(model)
-
-    def _watch_addresses(self, model: nn.Module) -> None:
-        """Drops captured graphs when any parameter has moved since they were captured."""
-        if isinstance(self._step, CapturedStep):
-            addresses = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *small_tensors(model)))
-            if self._addresses not in (None, addresses):
-                self._step.reset()
-            self._addresses = addresses
 
     def fit(self, model: nn.Module, batch_size: int, prompt_length: int, positions: int) -> None:
         """Makes sure that a call with `batch_size` rows of up to `positions` cached tokens fits.
@@ -349,18 +250,3 @@ class Engine:
     def _set_valid_past(self, valid_past_index: torch.Tensor) -> None:
         self.cache.set_valid_past(valid_past_index)
         self._mask_is_stale = False
-
-    def words(self) -> str:
-        """Which path runs, for people."""
-        kind = "preallocated" if self.explicit else "preallocated on first use"
-        how, attention = f"{self.config.compile} compile", ", SDPA by kv group"
-        if self._native is not None:
-            how, attention = "native step", ""
-        elif self.config.compile == "native":
-            how = f"no compile (the native step is not possible: {self._native_obstacle})"
-        if isinstance(self.cache, SmallCache):
-            attention = f", {self.cache.words}"
-        elif self.weights.prompt_attention == "native":
-            attention += ", C++ prompt attention"
-        attention += device_words(self.config, self.rotary.device)
-        return f"{kind}, {how}, {self.weights.words}{attention}{context_words(self.config, self.context)}"

@@ -1,0 +1,134 @@
+"""Reserved: what a model's generation stands on - cache, weights, rotary table and step - kept together and current."""
+
+import threading
+
+from torch import nn
+
+from fastllama.cache.budget import CacheShape
+from fastllama.cache.float_cache import FloatCache
+from fastllama.cache.small_cache import SmallCache, cache_for
+from fastllama.decode.binding import Binding
+from fastllama.decode.cache_device import model_device
+from fastllama.decode.cache_device import words as device_words
+from fastllama.decode.context.choose import context_for
+from fastllama.decode.context.choose import words as context_words
+from fastllama.model.capture import CapturedStep
+from fastllama.model.compiled import Buckets, compiled_step
+from fastllama.model.config import FastConfig
+from fastllama.model.forward import step
+from fastllama.model.native_step import NativeStep, obstacle
+from fastllama.model.rotary import RotaryTable
+from fastllama.model.small_linear import small_tensors
+from fastllama.model.weights import Weights
+
+# A reservation on first use takes no time for compiling or measuring, and leaves the weights where they are.
+IMPLICIT = FastConfig(products="stock")
+
+
+class Reserved:
+    """It belongs to one model, follows what is rebound there, and says in words which path it makes."""
+
+    def __init__(self, default: FastConfig | None = None):
+        self.lock = threading.Lock()
+        self.default = default  # what from_pretrained was told
+        self.config = default or IMPLICIT
+        self.explicit = False
+        self.cache: FloatCache | SmallCache | None = None
+        self.rotary: RotaryTable | None = None
+        self.context = None  # what moves keys of a long text: context/
+        self.binding = Binding(in_use=self.lock.locked)
+        self.reallocations = 0
+        self._step = None
+        self._native: NativeStep | None = None
+        self._native_obstacle: str | None = None
+        self._addresses: tuple[int, ...] | None = None  # of the weights that captured graphs read
+        self._buckets: Buckets | None = None
+
+    @property
+    def weights(self) -> Weights | None:
+        """What the forward passes read."""
+        return self.binding.weights
+
+    def _reserve(self, model: nn.Module, shape: CacheShape, config: FastConfig) -> None:
+        self.context = context_for(model, config, shape)
+        self.config = config
+        self.cache = cache_for(shape, stock=config.products == "stock")
+        self.refresh(model)
+        self._attach(model)
+
+    def _attach(self, model: nn.Module) -> None:
+        shape = self.cache.shape
+        self._buckets = Buckets(self.cache.positions, shape.cache_length, self.config.bucket)
+        self._make_rotary(model)
+        self._make_step(model)
+        self.reallocations += 1
+
+    def _make_rotary(self, model: nn.Module) -> None:
+        shape = self.cache.shape
+        self.rotary = RotaryTable(model.model.rotary_emb, shape.reserved_length, shape.dtype, model_device(model))
+
+    def _make_step(self, model: nn.Module) -> None:
+        self._native = None
+        if self.config.compile == "native":
+            self._native_obstacle = obstacle(model, self.cache.shape)
+            if self._native_obstacle is None:
+                offset_B = None if self.context is None else self.context.offset_B
+                self._native = NativeStep(self.weights, self.cache, self.rotary, offset_B)
+            self._step, self._addresses = step, None
+            return
+        # What a module that is not a plain product does may change without its weights' addresses changing.
+        capture = self.cache.shape.device.type == "cuda" and self.weights.plain
+        self._step = compiled_step(self.config.compile, capture)
+        self._addresses = None
+
+    def free(self) -> None:
+        """Gives the cache, the tables and the compiled step back."""
+        self.forget_weights()
+        self.cache = self._step = self._native = self._buckets = self._addresses = self.context = None
+        self.explicit = False
+        self.config = self.default or IMPLICIT
+
+    def forget_weights(self) -> None:
+        """Lets go of weights and tables that a move, a cast or a loaded state dict is about to replace."""
+        self.binding.forget()
+        self.rotary = self._native = None
+
+    def refresh(self, model: nn.Module) -> None:
+        """Follows what has been rebound since the last call: adapters, casts and assigned state dicts do that."""
+        plain = self.weights.plain if self.weights is not None else None
+        stale = not self.binding.is_current(model)
+        if stale:
+            self._native = None
+            self.binding.read(model, self.config, self.cache.shape.batch_size if self.cache is not None else 1)
+        if self.cache is None:
+            return
+        self._watch_addresses(model)
+        if self.rotary is None or self.rotary.module is not model.model.rotary_emb:
+            self._make_rotary(model)
+            stale = stale or self.config.compile == "native"
+        native_or_changed = self.config.compile == "native" or self.weights.plain != plain
+        if stale and self._step is not None and native_or_changed:
+            self._make_step(model)
+
+    def _watch_addresses(self, model: nn.Module) -> None:
+        """Drops captured graphs when any parameter has moved since they were captured."""
+        if isinstance(self._step, CapturedStep):
+            addresses = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *small_tensors(model)))
+            if self._addresses not in (None, addresses):
+                self._step.reset()
+            self._addresses = addresses
+
+    def words(self) -> str:
+        """Which path runs, for people."""
+        kind = "preallocated" if self.explicit else "preallocated on first use"
+        how, attention = f"{self.config.compile} compile", ", SDPA by kv group"
+        if self._native is not None:
+            how, attention = "native step", ""
+        elif self.config.compile == "native":
+            how = f"no compile (the native step is not possible: {self._native_obstacle})"
+        if isinstance(self.cache, SmallCache):
+            attention = f", {self.cache.words}"
+        elif self.weights.prompt_attention == "native":
+            attention += ", C++ prompt attention"
+        attention += device_words(self.config, self.rotary.device)
+        return f"{kind}, {how}, {self.weights.words}{attention}{context_words(self.config, self.context)}"
