@@ -257,13 +257,14 @@ def _check_prompts(parser: argparse.ArgumentParser, options: argparse.Namespace)
 
 def _given(options: argparse.Namespace) -> dict:
     """What was said of a point, by the names of its options."""
-    from fastllama.lab.option import OPTIONS
+    from fastllama.lab.points.option import OPTIONS
 
     return {name: value for name in OPTIONS if (value := getattr(options, name)) is not None}
 
 
 def _plan(options: argparse.Namespace):
-    from fastllama.lab import plan, trace
+    from fastllama.lab.sweeping import plan
+    from fastllama.lab.tracing import trace
 
     defaults = {
         "batch_size": BATCH_SIZES,
@@ -280,21 +281,14 @@ def _run(options: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from fastllama import demo
-    from fastllama.lab import (
-        dry_run,
-        export,
-        many,
-        measure,
-        record,
-        sweep,
-        sweep_table,
-        table,
-        timeline,
-        trace,
-        warnings,
-    )
-    from fastllama.lab.progress import progress
+    from fastllama.lab.measuring import measure, warnings
+    from fastllama.lab.measuring.progress import progress
+    from fastllama.lab.pages import table
+    from fastllama.lab.prompts import many
+    from fastllama.lab.records import export, record
+    from fastllama.lab.sweeping import dry_run, sweep, sweep_table
     from fastllama.lab.tasks import command
+    from fastllama.lab.tracing import timeline, trace
 
     logging.disable_progress_bar()  # one bar at a time
     hub_logging.set_verbosity_error()  # a hub out of reach is one error, not ten retries

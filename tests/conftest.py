@@ -24,7 +24,10 @@ def demo_tokenizer():
 @pytest.fixture
 def light(monkeypatch):
     """No child processes, and a ceiling of a megabyte."""
-    from fastllama.lab import ceiling, estimate, measure, memory, rounds
+    from fastllama.lab.measuring import ceiling, measure
+    from fastllama.lab.memory import memory
+    from fastllama.lab.suite import rounds
+    from fastllama.lab.sweeping import estimate
 
     monkeypatch.setattr(memory, "peaks", lambda point, name: memory.Peaks(10.0, 20.0, 0.5, 1.0))
     for module in (measure, rounds, estimate):

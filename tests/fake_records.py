@@ -4,7 +4,8 @@ import os
 import subprocess
 from pathlib import Path
 
-from fastllama.lab import digest, figures
+from fastllama.lab.points import figures
+from fastllama.lab.records import digest
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ENVIRONMENT = {"cpu": "Example CPU", "threads": 2, "torch": "2.13.0"}

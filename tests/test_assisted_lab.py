@@ -8,31 +8,16 @@ import torch
 
 import fastllama
 import run_llama
-from fastllama.lab import (
-    assisted,
-    assisted_table,
-    ceiling,
-    changes,
-    columns,
-    digest,
-    drafting,
-    figures,
-    measure,
-    memory,
-    option,
-    peak,
-    plan,
-    points_file,
-    readme,
-    schema,
-    swept,
-    table,
-    tables,
-)
-from fastllama.lab.assistance import Assistance
-from fastllama.lab.point import Point
-from fastllama.lab.sampler import Sampler
-from fastllama.lab.workload import Workload
+from fastllama.lab.measuring import assisted, ceiling, drafting, measure
+from fastllama.lab.memory import memory, peak
+from fastllama.lab.pages import table
+from fastllama.lab.points import figures, option, points_file
+from fastllama.lab.points.assistance import Assistance
+from fastllama.lab.points.point import Point
+from fastllama.lab.points.sampler import Sampler
+from fastllama.lab.points.workload import Workload
+from fastllama.lab.records import assisted_table, changes, columns, digest, readme, schema, tables
+from fastllama.lab.sweeping import plan, swept
 from tests import command, fake_records
 from tests.test_measure import write_tiny
 

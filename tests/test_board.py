@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastllama.lab import board, events, figures, record
+from fastllama.lab.pages import board, events
+from fastllama.lab.points import figures
+from fastllama.lab.records import record
 from tests.fake_records import COMMIT, fake_record, make_repository, point
 
 MARKUP = "\n  # not a title\n\n```\n<b>bold</b> &amp; *stars*\t|x|\n    \\n [a](b) `c`\n"

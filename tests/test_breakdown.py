@@ -9,14 +9,14 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastllama.kernels import native
 from fastllama.kernels.linear import can_pack
-from fastllama.lab import breakdown as module
-from fastllama.lab import ceiling, checkpoint
-from fastllama.lab.breakdown import breakdown, bytes_of
-from fastllama.lab.breakdown_words import Measured, decode_words, prefill_words, rows
-from fastllama.lab.contestant import Contestant
-from fastllama.lab.marks import PREFIX, marked
-from fastllama.lab.parts import PRODUCTS, Shape, shape_of
-from fastllama.lab.workload import Prompt
+from fastllama.lab.measuring import ceiling, checkpoint
+from fastllama.lab.measuring.contestant import Contestant
+from fastllama.lab.points.workload import Prompt
+from fastllama.lab.tracing import breakdown as module
+from fastllama.lab.tracing.breakdown import breakdown, bytes_of
+from fastllama.lab.tracing.breakdown_words import Measured, decode_words, prefill_words, rows
+from fastllama.lab.tracing.marks import PREFIX, marked
+from fastllama.lab.tracing.parts import PRODUCTS, Shape, shape_of
 from fastllama.model import forward
 from tests import tiny
 

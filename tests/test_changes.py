@@ -9,7 +9,9 @@ import sys
 import pytest
 
 from fastllama.lab import __main__ as command_line
-from fastllama.lab import changes, points_file, readme, record, sources, suite, words
+from fastllama.lab.points import points_file
+from fastllama.lab.records import changes, readme, record, sources, words
+from fastllama.lab.suite import __main__ as suite
 from tests.fake_records import COMMIT, fake_record, make_repository, point
 
 OTHER = "fedcba9876543210fedcba9876543210fedcba98"

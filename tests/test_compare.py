@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from fastllama.lab import __main__ as command_line
-from fastllama.lab import compare, git, processes, sources, statistics, words
+from fastllama.lab.measuring import compare, processes, statistics
+from fastllama.lab.records import git, sources, words
 from tests import fake_records
 from tests.fake_records import COMMIT, fake_record, point
 

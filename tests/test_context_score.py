@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from fastllama.lab import __main__ as lab
-from fastllama.lab import context_score, schema2
+from fastllama.lab.quality import context_score
+from fastllama.lab.records import schema2
 from tests.plain_context import shifted, turned
 from tests.tiny import VOCAB, pair
 

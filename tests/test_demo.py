@@ -17,7 +17,7 @@ from fastllama.demo import is_random, names, resolve, text
 from fastllama.demo.evaluate import agreement, perplexity
 from fastllama.demo.tokenizer import BOS_ID, EOS_ID, RESERVED_ID, SPECIAL_TOKENS, VOCAB_SIZE, train_tokenizer
 from fastllama.demo.train import DRAFT, TARGET, Recipe, batch_at, encode, learning_rate_factor, train_model
-from fastllama.lab.workload import Workload, prompt
+from fastllama.lab.points.workload import Workload, prompt
 
 TINY = Recipe(
     hidden_size=32,

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from fastllama.lab import __main__ as commands
-from fastllama.lab import doctor, matrix, paths
-from fastllama.lab.advice import advice
+from fastllama.lab.measuring import doctor, matrix, paths
+from fastllama.lab.measuring.advice import advice
 
 ROOT = Path(__file__).parent.parent
 HEALTHY = {

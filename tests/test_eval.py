@@ -6,7 +6,8 @@ import json
 import pytest
 
 from fastllama.lab import __main__ as command_line
-from fastllama.lab import digest, evaluation, quality, readme, score_file
+from fastllama.lab.quality import evaluation, quality, score_file
+from fastllama.lab.records import digest, readme
 from tests.places import places, put
 
 
@@ -66,7 +67,8 @@ def test_the_perplexity_is_vanillas_own(lines):
     import transformers
 
     from fastllama import demo
-    from fastllama.lab import checkpoint, windows
+    from fastllama.lab.measuring import checkpoint
+    from fastllama.lab.quality import windows
 
     found = checkpoint.find("demo", torch.float32)
     model = transformers.LlamaForCausalLM.from_pretrained(demo.resolve("demo", torch.float32), dtype=torch.float32)

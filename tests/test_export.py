@@ -17,7 +17,8 @@ from rich.console import Console
 
 from fastllama import FastConfig
 from fastllama.lab import __main__ as command_line
-from fastllama.lab import columns, export, figures, formats, points_file, record, tables, words
+from fastllama.lab.points import figures, points_file
+from fastllama.lab.records import columns, export, formats, record, tables, words
 from tests.fake_records import current, fake_record, point
 
 SWEEP = [

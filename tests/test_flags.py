@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastllama.lab import flags, schema2
-from fastllama.lab.environment import environment
-from fastllama.lab.fields import check
+from fastllama.lab.measuring import flags
+from fastllama.lab.measuring.environment import environment
+from fastllama.lab.points.fields import check
+from fastllama.lab.records import schema2
 
 
 def test_a_flag_that_is_changed_is_told_with_its_default():
@@ -92,7 +93,7 @@ def test_the_environment_is_whole():
 
 def test_a_new_process_tells_what_it_was_started_with(tmp_path):
     code = (
-        "import json, torch; from fastllama.lab.environment import environment; "
+        "import json, torch; from fastllama.lab.measuring.environment import environment; "
         "torch.set_num_interop_threads(3); print(json.dumps(environment(torch.device('cpu'))))"
     )
     given = {

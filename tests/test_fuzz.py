@@ -9,7 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastllama.lab import changes, digest, points_file, readme, record, suite_file
+from fastllama.lab.points import points_file
+from fastllama.lab.records import changes, digest, readme, record
+from fastllama.lab.suite import suite_file
 from tests.fake_records import current, fake_record, lossy_record, point
 from tests.places import at, places
 

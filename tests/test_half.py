@@ -12,7 +12,7 @@ from fastllama import demo
 from fastllama.demo.text import held_out_text
 from fastllama.kernels import native
 from fastllama.kernels.linear import can_pack
-from fastllama.lab.parity import teacher_forced_rms
+from fastllama.lab.measuring.parity import teacher_forced_rms
 
 POSITIONS = 1024
 PREFIX = 64

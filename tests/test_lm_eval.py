@@ -11,7 +11,7 @@ import pytest
 
 import fastllama
 from fastllama.demo.names import demo_folder
-from fastllama.lab.sources import ROOT
+from fastllama.lab.records.sources import ROOT
 
 pytest.importorskip("lm_eval", reason='lm_eval is not installed: pip install "lm_eval[hf]"')
 

@@ -5,8 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastllama.decode import chunks, engine
-from fastllama.lab import workload
-from fastllama.lab.workload import Workload
+from fastllama.lab.points import workload
+from fastllama.lab.points.workload import Workload
 from tests.command import read, run
 from tests.tiny import GREEDY, generate, pair, prompt
 

@@ -6,25 +6,15 @@ import pytest
 import torch
 
 from fastllama import FastConfig
-from fastllama.lab import (
-    board,
-    changes,
-    columns,
-    digest,
-    line,
-    lossy,
-    measure,
-    parity,
-    quality,
-    readme,
-    schema,
-    schema2,
-    tables,
-)
-from fastllama.lab import score as scores
-from fastllama.lab import table as terminal
-from fastllama.lab.point import Point
-from fastllama.lab.workload import Workload
+from fastllama.lab.measuring import measure, parity
+from fastllama.lab.pages import board
+from fastllama.lab.pages import table as terminal
+from fastllama.lab.points.point import Point
+from fastllama.lab.points.workload import Workload
+from fastllama.lab.quality import quality
+from fastllama.lab.quality import score as scores
+from fastllama.lab.records import changes, columns, digest, lossy, readme, schema, schema2, tables
+from fastllama.lab.suite import line
 from tests.fake_records import COMMIT, SCORE, current, fake_record, lossy_record
 
 OTHER = "f" * 40
@@ -156,7 +146,7 @@ def test_points_of_a_sweep_share_the_reference(wide, light, monkeypatch):
     [("random:llama-160m", None, "random weights"), (None, MemoryError("the reference takes 32 GB"), "takes 32 GB")],
 )
 def test_why_a_point_has_no_score(wide, monkeypatch, name, fault, why):
-    from fastllama.lab import checkpoint
+    from fastllama.lab.measuring import checkpoint
 
     def refuse(*rest):
         raise fault
@@ -168,7 +158,7 @@ def test_why_a_point_has_no_score(wide, monkeypatch, name, fault, why):
 
 
 def test_a_reference_that_does_not_fit_is_refused_before_it_is_loaded(wide, monkeypatch):
-    from fastllama.lab import checkpoint
+    from fastllama.lab.measuring import checkpoint
 
     monkeypatch.setattr(quality, "available_bytes", lambda device: 10**6)
     with pytest.raises(MemoryError, match=r"the reference takes .* for the logits of 4096 positions, and 0\.0 GB"):

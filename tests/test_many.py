@@ -10,7 +10,7 @@ from fastllama.decode import reservation
 from fastllama.decode.many import slots as slots_file
 from fastllama.decode.many.call import run_many
 from fastllama.decode.many.prompts import shared
-from fastllama.lab.parity import output_hash
+from fastllama.lab.measuring.parity import output_hash
 from tests import small, tiny
 
 LENGTHS = (3, 40, 17, 9, 60, 1, 25, 33, 12, 5)

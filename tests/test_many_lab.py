@@ -7,22 +7,14 @@ import pytest
 import torch
 
 import fastllama
-from fastllama.lab import (
-    __main__,
-    checkpoint,
-    many,
-    many_lines,
-    parallel,
-    parallel_texts,
-    prompts_file,
-    results_file,
-    suite_lines,
-    vanilla,
-    workload,
-)
-from fastllama.lab.line import judge
-from fastllama.lab.many_lines import ManyCase
-from fastllama.lab.results_file import Results
+from fastllama.lab import __main__
+from fastllama.lab.measuring import checkpoint, vanilla
+from fastllama.lab.points import workload
+from fastllama.lab.prompts import many, parallel, parallel_texts, prompts_file, results_file
+from fastllama.lab.prompts.results_file import Results
+from fastllama.lab.suite import many_lines, suite_lines
+from fastllama.lab.suite.line import judge
+from fastllama.lab.suite.many_lines import ManyCase
 from tests import command
 
 LINES = [

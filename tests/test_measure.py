@@ -15,11 +15,14 @@ import transformers
 import fastllama
 from fastllama.demo.text import held_out_text
 from fastllama.demo.tokenizer import train_tokenizer
-from fastllama.lab import ceiling, checkpoint, contestant, measure, memory, parity, schema, vanilla, workload
-from fastllama.lab.environment import environment
 from fastllama.lab.fault import explained, sentence
-from fastllama.lab.point import Point
-from fastllama.lab.workload import Workload
+from fastllama.lab.measuring import ceiling, checkpoint, contestant, measure, parity, vanilla
+from fastllama.lab.measuring.environment import environment
+from fastllama.lab.memory import memory
+from fastllama.lab.points import workload
+from fastllama.lab.points.point import Point
+from fastllama.lab.points.workload import Workload
+from fastllama.lab.records import schema
 
 CPU = torch.device("cpu")
 

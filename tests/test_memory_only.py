@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from fastllama.lab import __main__ as lab
-from fastllama.lab import memory, memory_table, peak, peak_only, plan, points_file
-from fastllama.lab.point import Point
-from fastllama.lab.workload import Workload
+from fastllama.lab.memory import memory, memory_table, peak, peak_only
+from fastllama.lab.points import points_file
+from fastllama.lab.points.point import Point
+from fastllama.lab.points.workload import Workload
+from fastllama.lab.sweeping import plan
 from tests.command import read, run
 
 ARGV = ["--model", "demo", "--dtype", "fp32", "--device", "cpu", "--prompt-length", "12", "--new-tokens", "1"]

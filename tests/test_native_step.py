@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import fastllama
 from fastllama.kernels import native
-from fastllama.lab.parity import teacher_forced_rms
+from fastllama.lab.measuring.parity import teacher_forced_rms
 from tests.tiny import GREEDY, SAMPLED, VOCAB, config, generate, pair, prompt
 
 NEW = 16

@@ -2,9 +2,10 @@
 
 import pytest
 
-from fastllama.lab import no_effect, option, sweep_table
-from fastllama.lab.plan import Plan, Planned
-from fastllama.lab.sampler import Sampler
+from fastllama.lab.points import option
+from fastllama.lab.points.sampler import Sampler
+from fastllama.lab.sweeping import no_effect, sweep_table
+from fastllama.lab.sweeping.plan import Plan, Planned
 from tests.fake_records import point
 
 pytest.importorskip("scipy")

@@ -9,7 +9,7 @@ from fastllama import demo
 from fastllama.demo.text import held_out_text
 from fastllama.kernels import native
 from fastllama.kernels.linear import can_pack
-from fastllama.lab.parity import compare, top_margin
+from fastllama.lab.measuring.parity import compare, top_margin
 from tests.pairwise import pairwise
 from tests.tiny import GREEDY, SAMPLED, generate, pair, prompt
 

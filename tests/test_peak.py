@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from fastllama.lab import memory, peak
-from fastllama.lab.point import Point
-from fastllama.lab.workload import Workload
+from fastllama.lab.memory import memory, peak
+from fastllama.lab.points.point import Point
+from fastllama.lab.points.workload import Workload
 
 
 def a_point(model="demo", **changes):
@@ -27,8 +27,8 @@ LIVE = {
 
 _PREDICT = """
 import json, sys
-from fastllama.lab import peak
-from fastllama.lab.point import Point
+from fastllama.lab.memory import peak
+from fastllama.lab.points.point import Point
 task = json.load(sys.stdin)
 print(json.dumps(vars(peak.predict(Point.from_dict(task["point"]), task["name"]))))
 """

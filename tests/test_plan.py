@@ -13,10 +13,12 @@ import run_llama
 from fastllama import demo
 from fastllama.demo.inflate import InflatedBody
 from fastllama.demo.shapes import SHAPES
-from fastllama.lab import checkpoint, option, plan
-from fastllama.lab.assistance import Assistance
-from fastllama.lab.sampler import Sampler
-from fastllama.lab.workload import Workload
+from fastllama.lab.measuring import checkpoint
+from fastllama.lab.points import option
+from fastllama.lab.points.assistance import Assistance
+from fastllama.lab.points.sampler import Sampler
+from fastllama.lab.points.workload import Workload
+from fastllama.lab.sweeping import plan
 from tests.fake_records import point
 
 DEFAULTS = {"batch_size": [1], "prompt_length": [12], "new_tokens": [4]}

@@ -9,8 +9,10 @@ import torch
 from fastllama import demo
 from fastllama.demo import names
 from fastllama.lab import __main__ as lab
-from fastllama.lab import checkpoint, known_quality, peak, planner, score_file
-from fastllama.lab.known_quality import Known
+from fastllama.lab.measuring import checkpoint
+from fastllama.lab.memory import peak, planner
+from fastllama.lab.quality import known_quality, score_file
+from fastllama.lab.quality.known_quality import Known
 
 GPU = ["plan", "--model", "random:llama-3.1-8b", "--device", "cuda", "--context", "131072", "--bandwidth", "2000"]
 NOTHING = Known([])

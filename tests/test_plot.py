@@ -8,21 +8,11 @@ import pytest
 
 import run_llama
 from fastllama.lab import __main__ as command_line
-from fastllama.lab import (
-    canvas,
-    ceiling,
-    curve,
-    figures,
-    history,
-    measure,
-    memory,
-    plot_memory,
-    plot_rows,
-    plot_sweep,
-    points_file,
-    sources,
-    statistics,
-)
+from fastllama.lab.measuring import ceiling, measure, statistics
+from fastllama.lab.memory import memory
+from fastllama.lab.pictures import canvas, curve, history, plot_memory, plot_rows, plot_sweep
+from fastllama.lab.points import figures, points_file
+from fastllama.lab.records import sources
 from tests.fake_records import ENVIRONMENT, fake_record, point
 from tests.test_measure import write_tiny
 

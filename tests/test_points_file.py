@@ -6,8 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastllama.lab import points_file
-from fastllama.lab.sampler import Sampler
+from fastllama.lab.points import points_file
+from fastllama.lab.points.sampler import Sampler
 from tests.fake_records import ENVIRONMENT, point
 
 

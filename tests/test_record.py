@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 import fastllama
-from fastllama.lab import changes, figures, record, schema, sources, words
-from fastllama.lab import git as lab_git
+from fastllama.lab.points import figures
+from fastllama.lab.records import changes, record, schema, sources, words
+from fastllama.lab.records import git as lab_git
 from tests.fake_records import COMMIT, commit, current, fake_record, git, make_repository, make_tree, point
 
 

@@ -5,8 +5,12 @@ import os
 
 import pytest
 
-from fastllama.lab import changes, history, points_file, report, suite_file, words
-from fastllama.lab.sources import ROOT
+from fastllama.lab.pages import report
+from fastllama.lab.pictures import history
+from fastllama.lab.points import points_file
+from fastllama.lab.records import changes, words
+from fastllama.lab.records.sources import ROOT
+from fastllama.lab.suite import suite_file
 from tests.fake_records import current, fake_record, point
 from tests.test_points_file import unmeasured
 

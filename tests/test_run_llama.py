@@ -14,20 +14,14 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import run_llama
-from fastllama.lab import (
-    export,
-    formats,
-    measure,
-    points_file,
-    record,
-    schema,
-    sweep,
-    sweep_table,
-    table,
-)
-from fastllama.lab.plan import Plan, Planned
-from fastllama.lab.point import Point
-from fastllama.lab.workload import Workload
+from fastllama.lab.measuring import measure
+from fastllama.lab.pages import table
+from fastllama.lab.points import points_file
+from fastllama.lab.points.point import Point
+from fastllama.lab.points.workload import Workload
+from fastllama.lab.records import export, formats, record, schema
+from fastllama.lab.sweeping import sweep, sweep_table
+from fastllama.lab.sweeping.plan import Plan, Planned
 from tests.command import read, run
 
 SMALL = ["--dtype", "fp32", "--device", "cpu", "--prompt-length", "12", "--new-tokens", "4", "--runs", "1"]
@@ -109,7 +103,7 @@ def test_defaults_are_the_constants(monkeypatch):
 
 
 def test_auto_dtype_asks_the_processor_and_the_size(monkeypatch, tiny):
-    from fastllama.lab import checkpoint
+    from fastllama.lab.measuring import checkpoint
 
     for has, name, dtype in (
         (True, tiny, "fp32"),
@@ -158,7 +152,7 @@ def test_one_point_of_several_is_profiled_by_name(tiny, capsys):
 
 
 def test_a_point_of_a_sweep_is_profiled_by_name(monkeypatch, tiny):
-    from fastllama.lab import timeline, trace
+    from fastllama.lab.tracing import timeline, trace
 
     for flag, module in (("--profile", trace), ("--memory-profile", timeline)):
         seen = []

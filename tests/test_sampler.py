@@ -7,10 +7,13 @@ import torch
 from transformers import GenerationConfig
 
 import run_llama
-from fastllama.lab import ceiling, checkpoint, contestant, figures, measure, memory, schema, workload
-from fastllama.lab.point import Point
-from fastllama.lab.sampler import Sampler
-from fastllama.lab.workload import Workload
+from fastllama.lab.measuring import ceiling, checkpoint, contestant, measure
+from fastllama.lab.memory import memory
+from fastllama.lab.points import figures, workload
+from fastllama.lab.points.point import Point
+from fastllama.lab.points.sampler import Sampler
+from fastllama.lab.points.workload import Workload
+from fastllama.lab.records import schema
 from tests import fake_records
 
 DRAWN = Sampler(do_sample=True, temperature=0.8, top_k=40, top_p=0.95)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from fastllama.lab import changes, digest, record, schema, schema2, sources, words
+from fastllama.lab.records import changes, digest, record, schema, schema2, sources, words
 from tests.fake_records import current, fake_record, make_repository, point
 from tests.places import at, places, put
 

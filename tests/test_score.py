@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from scipy.stats import entropy
 
 from fastllama.kernels import native
-from fastllama.lab import quality, score, windows
-from fastllama.lab.contestant import Contestant
-from fastllama.lab.parity import top_margin
-from fastllama.lab.windows import Window
-from fastllama.lab.workload import Prompt
+from fastllama.lab.measuring.contestant import Contestant
+from fastllama.lab.measuring.parity import top_margin
+from fastllama.lab.points.workload import Prompt
+from fastllama.lab.quality import quality, score, windows
+from fastllama.lab.quality.windows import Window
 from tests.tiny import VOCAB, pair
 
 # pure formulas

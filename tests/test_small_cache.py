@@ -14,8 +14,8 @@ from fastllama.cache.small_cache import SmallCache
 from fastllama.kernels import stored_attention
 from fastllama.kernels.blocks import FORMATS
 from fastllama.kernels.stored import expand, part_sizes, quantise
-from fastllama.lab import ceiling, checkpoint
-from fastllama.lab.parts import Shape
+from fastllama.lab.measuring import ceiling, checkpoint
+from fastllama.lab.tracing.parts import Shape
 from tests.pairwise import pairwise
 from tests.test_measure import write_tiny
 from tests.tiny import GREEDY, SAMPLED, VOCAB, generate, pair, prompt

@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from fastllama import FastConfig
-from fastllama.lab import ceiling, checkpoint, contestant, estimate, measure, memory, peak, schema
-from fastllama.lab.parts import Shape, shape_of
-from fastllama.lab.point import Point
+from fastllama.lab.measuring import ceiling, checkpoint, contestant, measure
+from fastllama.lab.memory import memory, peak
+from fastllama.lab.points.point import Point
+from fastllama.lab.records import schema
+from fastllama.lab.sweeping import estimate
+from fastllama.lab.tracing.parts import Shape, shape_of
 from fastllama.model.small_linear import SmallLinear, held_format, small_tensors
 from tests import command, small
 from tests.test_measure import a_point

@@ -1,4 +1,4 @@
-"""The rule of lab/statistics.py: how often it is wrong and what it finds, on noise of the committed records."""
+"""The rule of lab/measuring/statistics.py: how often it is wrong, what it finds, on noise of the committed records."""
 
 import math
 import sys
@@ -6,8 +6,10 @@ import sys
 import numpy as np
 import pytest
 
-from fastllama.lab import compare, figures, record, statistics
-from fastllama.lab.statistics import FASTER, NO_DIFFERENCE, SLOWER
+from fastllama.lab.measuring import compare, statistics
+from fastllama.lab.measuring.statistics import FASTER, NO_DIFFERENCE, SLOWER
+from fastllama.lab.points import figures
+from fastllama.lab.records import record
 from tests.fake_records import fake_record, point
 
 TRIALS = 8000

@@ -11,7 +11,11 @@ import pytest
 
 import run_llama
 from fastllama import demo
-from fastllama.lab import checkpoint, dry_run, estimate, measure, peak, points_file, record
+from fastllama.lab.measuring import checkpoint, measure
+from fastllama.lab.memory import peak
+from fastllama.lab.points import points_file
+from fastllama.lab.records import record
+from fastllama.lab.sweeping import dry_run, estimate
 from tests.command import read, run
 
 SMALL = ["--dtype", "fp32", "--device", "cpu", "--prompt-length", "12", "--new-tokens", "4", "--runs", "1"]
@@ -150,7 +154,10 @@ def test_another_machines_points_are_not_this_ones(tiny, broken, monkeypatch):
 _PROGRAM = """
 import sys, time
 import run_llama
-from fastllama.lab import ceiling, measure, memory, points_file
+from fastllama.lab.measuring import ceiling
+from fastllama.lab.measuring import measure
+from fastllama.lab.memory import memory
+from fastllama.lab.points import points_file
 from pathlib import Path
 
 memory.peaks = lambda point, name: memory.Peaks(10.0, 20.0, 0.5)

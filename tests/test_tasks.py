@@ -7,18 +7,13 @@ import json
 import pytest
 from rich.console import Console
 
-from fastllama.lab import (
-    __main__ as lab_command,
-)
-from fastllama.lab import (
-    assisted_lines,
-    contestant,
-    digest,
-    plot_assisted,
-    points_file,
-    suite_lines,
-)
-from fastllama.lab.line import judge
+from fastllama.lab import __main__ as lab_command
+from fastllama.lab.measuring import contestant
+from fastllama.lab.pictures import plot_assisted
+from fastllama.lab.points import points_file
+from fastllama.lab.records import digest
+from fastllama.lab.suite import assisted_lines, suite_lines
+from fastllama.lab.suite.line import judge
 from fastllama.lab.tasks import cost, file, prompts, run, table
 from tests import command
 

@@ -7,10 +7,10 @@ import socket
 import pytest
 import torch
 
-from fastllama.lab import phases, timeline, timeline_plot
-from fastllama.lab.phases import Watch, thinned
-from fastllama.lab.point import Point
-from fastllama.lab.workload import Workload
+from fastllama.lab.points.point import Point
+from fastllama.lab.points.workload import Workload
+from fastllama.lab.tracing import phases, timeline, timeline_plot
+from fastllama.lab.tracing.phases import Watch, thinned
 from tests.test_measure import write_tiny
 
 MB = 10**6

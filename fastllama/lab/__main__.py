@@ -4,24 +4,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from fastllama.lab import (
-    board,
-    changes,
-    compare,
-    context_score,
-    doctor,
-    evaluation,
-    export,
-    memory_table,
-    parallel,
-    planner,
-    plot,
-    readme,
-    record,
-    report,
-    words,
-)
-from fastllama.lab.sources import ROOT
+from fastllama.lab.measuring import compare, doctor
+from fastllama.lab.memory import memory_table, planner
+from fastllama.lab.pages import board, report
+from fastllama.lab.pictures import plot
+from fastllama.lab.prompts import parallel
+from fastllama.lab.quality import context_score, evaluation
+from fastllama.lab.records import changes, export, readme, record, words
+from fastllama.lab.records.sources import ROOT
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fastllama.lab.progress import progress
+from fastllama.lab.measuring.progress import progress
 from fastllama.lab.tasks import run as examples
 from fastllama.lab.tasks import table
 

@@ -4,8 +4,9 @@ import json
 import os
 from pathlib import Path
 
-from fastllama.lab import assisted, digest, figures, schema1
-from fastllama.lab.fields import (
+from fastllama.lab.measuring import assisted
+from fastllama.lab.points import figures
+from fastllama.lab.points.fields import (
     agree,
     check,
     flag,
@@ -22,7 +23,8 @@ from fastllama.lab.fields import (
     text,
     word,
 )
-from fastllama.lab.schema2 import DIVERGENCE, check_environment
+from fastllama.lab.records import digest, schema1
+from fastllama.lab.records.schema2 import DIVERGENCE, check_environment
 from fastllama.lab.tasks import cost, prompts
 
 SCHEMA = 1

@@ -9,8 +9,8 @@ import textwrap
 from dataclasses import dataclass
 
 from fastllama.demo.text import HELD_OUT_DIR
-from fastllama.lab import workload
-from fastllama.lab.workload import Prompt, Workload
+from fastllama.lab.points import workload
+from fastllama.lab.points.workload import Prompt, Workload
 
 NAMES = ("decode", "benchmark", "lookup")
 NEW_TOKENS = {"decode": 30, "benchmark": 60, "lookup": 60}

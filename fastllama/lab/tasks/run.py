@@ -8,14 +8,16 @@ from pathlib import Path
 
 import torch
 
-from fastllama.lab import checkpoint, contestant, digest, drafting, figures, measure, workload
-from fastllama.lab import plan as plans
-from fastllama.lab.checkpoint import Checkpoint
-from fastllama.lab.contestant import Contestant
-from fastllama.lab.environment import environment
-from fastllama.lab.parity import output_hash
-from fastllama.lab.point import Point
-from fastllama.lab.sources import source_sha256
+from fastllama.lab.measuring import checkpoint, contestant, drafting, measure
+from fastllama.lab.measuring.checkpoint import Checkpoint
+from fastllama.lab.measuring.contestant import Contestant
+from fastllama.lab.measuring.environment import environment
+from fastllama.lab.measuring.parity import output_hash
+from fastllama.lab.points import figures, workload
+from fastllama.lab.points.point import Point
+from fastllama.lab.records import digest
+from fastllama.lab.records.sources import source_sha256
+from fastllama.lab.sweeping import plan as plans
 from fastllama.lab.tasks import cost, file, prompts
 from fastllama.lab.tasks.prompts import Example
 

@@ -7,8 +7,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from fastllama.lab import figures
-from fastllama.lab.table import PARITY_STYLES, number
+from fastllama.lab.pages.table import PARITY_STYLES, number
+from fastllama.lab.points import figures
 
 HEADS = (
     "example",

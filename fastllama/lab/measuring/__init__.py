@@ -1,0 +1,1 @@
+"""Measuring a point: the contestants, the clocks, and what they are compared by."""

@@ -1,0 +1,1 @@
+"""Memory: peaks measured and predicted, and what fits."""

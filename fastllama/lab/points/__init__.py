@@ -1,0 +1,1 @@
+"""What is asked: a point, its workload and sampler, and files of points."""

@@ -1,0 +1,1 @@
+"""Many prompts: files of them, files of results, and requests in parallel."""

@@ -1,0 +1,1 @@
+"""Quality: what a loss of precision or of context costs."""

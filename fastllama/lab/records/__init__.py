@@ -1,0 +1,1 @@
+"""Records: what is kept, in which form, and what is rendered from it."""

@@ -1,0 +1,1 @@
+"""The suite: every claim as a line with a bound."""

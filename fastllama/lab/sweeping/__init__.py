@@ -1,0 +1,1 @@
+"""Many points: a plan, its sweep, and what varied."""
