@@ -18,7 +18,7 @@ from fastllama.lab.points.point import Point
 from fastllama.lab.points.workload import Workload
 from fastllama.model.footprint import cache_shape, head_dim, prefill_bytes, rotary_bytes, weight_bytes
 
-# A prediction is good to this share of the peak that memory.py beside it measures, for contestants that are not compiled
+# A prediction is good to this share of the peak that memory.py here measures, for contestants that are not compiled
 # (a compiler's own memory is not predicted); tests/test_peak.py holds it to that. Of prompts that go through in
 # chunks, with the base measured, it is good to the smaller share.
 MARGIN = 0.25
