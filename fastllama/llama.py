@@ -184,6 +184,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         chunk: int | None = None,
         shared_prefix: int | None = SHARED,
         on_result=None,
+        sampling: Sampling | None = None,
         **kwargs,
     ) -> list[Generated]:
         """Generates for any number of prompts, `slots` at a time; a finished prompt's place is taken at once.
@@ -191,14 +192,15 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         `prompts`: lists of token ids or 1-D tensors, every id of which counts. `slots` (8, or the rows that
         `preallocate` reserved) rows decode together. `max_new_tokens`: a number, or one for each prompt. A newcomer is
         prefilled `chunk` tokens at a time between steps. What all prompts begin with is computed once where it has
-        `shared_prefix` tokens (None: never). `generation_config` and `kwargs` are `generate`'s; max_time counts from
-        this call, and processors and criteria see one row at a time. Returns a `Generated` for each prompt, in order;
-        `on_result(index, result)` is called as soon as one is there. A prompt that cannot run has an error in its
-        result, and the others go on. Raises `ValueError` for what is not allowed or only the parent's code can do,
-        `MemoryError` for slots that do not fit.
+        `shared_prefix` tokens (None: never). `sampling` has a row for each prompt; with seeds a text is what `generate`
+        draws for that prompt alone with `sampling.of_row(index)`. `generation_config` and `kwargs` are `generate`'s;
+        max_time counts from this call, and processors and criteria see one row at a time. Returns a `Generated` for
+        each prompt, in order; `on_result(index, result)` is called as soon as one is there. A prompt that cannot run
+        has an error in its result, and the others go on. Raises `ValueError` for what is not allowed or only the
+        parent's code can do, `MemoryError` for slots that do not fit.
         """
         self._path = self._assisted = None
-        how = (slots, max_new_tokens, generation_config, chunk, shared_prefix, on_result, kwargs)
+        how = (slots, max_new_tokens, generation_config, chunk, shared_prefix, on_result, kwargs, sampling)
         results, self._path = run_many(self, self._engine, prompts, *how)
         return results
 

@@ -8,7 +8,6 @@ import fastllama
 from fastllama.cache.rows import clear_row, copy_row, part_of
 from fastllama.decode import reservation
 from fastllama.decode.many import slots as slots_file
-from fastllama.decode.many.call import run_many
 from fastllama.decode.many.prompts import shared
 from fastllama.lab.measuring.parity import output_hash
 from tests import small, tiny
@@ -184,24 +183,36 @@ def test_one_slot_draws_as_calls_one_after_the_other(models):
     assert hashes(ids_of(ours.generate_many(PROMPTS, 1, LIMITS, **tiny.SAMPLED))) == hashes(expected)
 
 
-def test_a_draw_of_ones_own_knows_which_prompt_each_row_is(models):
-    vanilla, ours = models
-    seen = []
+SAMPLINGS = {
+    "seeds": fastllama.Sampling(temperature=0.9, top_k=20, seed=7),
+    "mirostat": fastllama.Sampling.llama_cpp(mirostat=2, mirostat_tau=3.0, repeat_penalty=1.3, seed=7),
+    "by prompt": fastllama.Sampling(temperature=[0.0, 1.5] * 5, presence_penalty=1.0, seed=tuple(range(10))),
+    "greedy": fastllama.Sampling(temperature=0.0, frequency_penalty=2.0),
+}
 
-    def draw(rows, probabilities_RV):
-        seen.append([row.index for row in rows])
-        return probabilities_RV.argmax(-1)
 
-    how = (3, LIMITS, None, None, None, None, {"do_sample": True, "top_k": 5})
+@pytest.mark.parametrize("slots", [1, 4])
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_a_seeded_text_is_its_own_whatever_runs_beside_it(models, name, slots):
+    _, ours = models
     ours.free()
-    with torch.no_grad():
-        results, _ = run_many(ours, ours._engine, PROMPTS, *how, draw=draw)
-    assert hashes(ids_of(results)) == hashes(all_alone(vanilla))
-    assert [sum(step.count(index) for step in seen) for index in range(len(PROMPTS))] == LIMITS
-    assert max(map(len, seen)) == 3
+    sampling = SAMPLINGS[name]
+    expected = [
+        alone(ours, prompt, limit, do_sample=None, sampling=sampling.of_row(row))
+        for row, (prompt, limit) in enumerate(zip(PROMPTS, LIMITS, strict=True))
+    ]
+    results = ours.generate_many(PROMPTS, slots=slots, max_new_tokens=LIMITS, sampling=sampling)
+    assert hashes(ids_of(results)) == hashes(expected)
+    config = GenerationConfig(eos_token_id=ours.generation_config.eos_token_id, top_k=5)
+    results = ours.generate_many(PROMPTS, slots, LIMITS, config, sampling=sampling)  # sampling goes before a config
+    assert hashes(ids_of(results)) == hashes(expected)
 
 
-# what is computed
+def test_sampling_is_for_as_many_prompts_as_there_are(models):
+    with pytest.raises(ValueError, match="options for 2 rows, and there are 10 prompts"):
+        models[1].generate_many(PROMPTS, max_new_tokens=4, sampling=fastllama.Sampling(top_k=[1, 2]))
+    with pytest.raises(ValueError, match=r"temperature=1\.5 cannot be combined with sampling"):
+        models[1].generate_many(PROMPTS, max_new_tokens=4, temperature=1.5, sampling=fastllama.Sampling())
 
 
 def test_what_all_prompts_begin_with_is_computed_once(models, monkeypatch):

@@ -7,12 +7,13 @@ from torch import nn
 
 from fastllama.decode.engine import Engine
 from fastllama.decode.many import prompts as reading
-from fastllama.decode.many.chooser import Chooser, Draw, draw_together
+from fastllama.decode.many.chooser import Chooser
 from fastllama.decode.many.loop import Loop
 from fastllama.decode.many.result import Generated
 from fastllama.decode.many.row import Row
 from fastllama.decode.many.rules import Asked
 from fastllama.decode.many.slots import Slots
+from fastllama.decode.sampling.options import Sampling
 from fastllama.decode.support import model_obstacle
 from fastllama.model.rotary import is_stateful
 
@@ -47,7 +48,7 @@ def run_many(
     shared_prefix: int | None,
     on_result: Callable[[int, Generated], None] | None,
     arguments: dict,
-    draw: Draw = draw_together,
+    sampling: Sampling | None = None,
 ) -> tuple[list[Generated], str]:
     """(the results in the order of the prompts, words for `path`). See `LlamaForCausalLM.generate_many`."""
     if isinstance(prompts, str) or not isinstance(prompts, Iterable):
@@ -59,7 +60,7 @@ def run_many(
     _require_model(model)
     if not prompts:
         return [], "no prompt was given"
-    asked = Asked(model, generation_config, arguments, limits)
+    asked = Asked(model, generation_config, arguments, limits, sampling)
     if not engine.lock.acquire(blocking=False):
         raise ValueError("generate_many cannot run: another call is using the cache")
     try:
@@ -77,7 +78,7 @@ def run_many(
         words = "no prompt could run"
         if rows:
             count = min(_slots(engine, slots), len(rows))
-            _run(model, engine, rows, count, chunk, shared_prefix, Chooser(model.device, draw), keep)
+            _run(model, engine, rows, count, chunk, shared_prefix, Chooser(model.device), keep)
             words = f"{engine.words()}, {count} slots"
         return results, words
     finally:
@@ -97,7 +98,7 @@ def _row(model: nn.Module, engine: Engine, index: int, prompt, most_new: int | N
     try:
         tokens = len(reading.ids_of(prompt))
         ids = reading.checked(prompt, model.config.vocab_size)
-        row = Row(index, ids, asked.rules(ids, most_new))
+        row = Row(index, ids, asked.rules(index, ids, most_new))
         held = engine.cache.shape.cache_length if engine.explicit else None
         if held is not None and row.positions > held:
             raise ValueError(

@@ -3,28 +3,19 @@
 Legend: R rows, T ids of a row, V vocabulary.
 """
 
-from collections.abc import Callable
-
 import torch
 
 from fastllama.decode.many.row import Row
 
-Draw = Callable[[list[Row], torch.Tensor], torch.Tensor]
-
-
-def draw_together(rows: list[Row], probabilities_RV: torch.Tensor) -> torch.Tensor:
-    """One draw [R] from torch's own generator for all rows, in their order."""
-    return torch.multinomial(probabilities_RV, num_samples=1).squeeze(1)
-
 
 class Chooser:
-    """`draw(rows, probabilities [R, V])` gives ids [R]; a row knows its prompt's `index` and its ids so far.
+    """Takes the best, or draws from torch's own generator for all rows together, in their order.
 
     `home`: where processors and criteria are shown ids, the device of the model.
     """
 
-    def __init__(self, home: torch.device, draw: Draw = draw_together):
-        self.home, self.draw = home, draw
+    def __init__(self, home: torch.device):
+        self.home = home
 
     def __call__(self, rows: list[Row], logits_RV: torch.Tensor) -> list[int]:
         """The chosen ids of `rows`: the one time in a step that the host waits for the device."""
@@ -34,7 +25,7 @@ class Chooser:
         scores_RV = self._scored(rows, logits_RV.to(self.home, torch.float32, copy=True))
         if not rules.do_sample:
             return _largest(scores_RV)
-        return self.draw(rows, scores_RV.softmax(dim=-1)).tolist()
+        return torch.multinomial(scores_RV.softmax(dim=-1), num_samples=1).squeeze(1).tolist()
 
     def _scored(self, rows: list[Row], scores_RV: torch.Tensor) -> torch.Tensor:
         if not any(row.rules.by_ids for row in rows):  # the same functions of the scores for all

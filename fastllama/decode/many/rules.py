@@ -10,6 +10,8 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
 from fastllama.decode.assisted.processing import Processing
+from fastllama.decode.sampling import call as sampling_call
+from fastllama.decode.sampling.options import Sampling
 from fastllama.decode.support import call_obstacle
 
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -35,29 +37,37 @@ class Rules(NamedTuple):
 class Asked:
     """A call's arguments: the parent's own `generate` is asked what they mean for each prompt, and runs nothing.
 
-    `limits`: most new tokens of each prompt, None where the generation config says it. Raises `ValueError` for what
+    `limits`: most new tokens of each prompt, None where the generation config says it. `sampling` has a row for each
+    prompt. Raises `ValueError` for what
     the fast path cannot do.
     """
 
     def __init__(
-        self, model: nn.Module, generation_config: GenerationConfig | None, arguments: dict, limits: list[int | None]
+        self,
+        model: nn.Module,
+        generation_config: GenerationConfig | None,
+        arguments: dict,
+        limits: list[int | None],
+        sampling: Sampling | None = None,
     ):
-        self.model = model
+        self.model, self.sampling = model, sampling
+        if sampling is not None and sampling.rows not in (None, len(limits)):
+            raise ValueError(f"sampling has options for {sampling.rows} rows, and there are {len(limits)} prompts")
         given = next((name for name in _NEVER if arguments.get(name) not in (None, False)), None)
         if given is not None:
             raise ValueError(f"generate_many cannot run: {given} is for one prompt at a time")
         self.config, self.arguments = copy.deepcopy(generation_config), dict(arguments)
         self._move_stop_strings()
         most = max((limit for limit in limits if limit is not None), default=None)
-        self._probe = self._of([0], most)
+        self._probe = self._of(0, [0], most)
         # What looks at neither ids nor lengths is the same for all prompts.
-        self._alike = most is not None and not self._probe.criteria and not self._probe.by_ids
+        self._alike = sampling is None and most is not None and not self._probe.criteria and not self._probe.by_ids
 
-    def rules(self, ids: list[int], most_new: int | None) -> Rules:
-        """Of one prompt. `most_new` None: as the generation config says. `ValueError` where the parent refuses it."""
+    def rules(self, index: int, ids: list[int], most_new: int | None) -> Rules:
+        """Of a prompt. `most_new` None: as the generation config says. `ValueError` where the parent refuses it."""
         if self._alike and most_new is not None:
             return self._probe._replace(most_new=most_new)
-        return self._of(ids, most_new)
+        return self._of(index, ids, most_new)
 
     def _move_stop_strings(self) -> None:
         # The parent drops the tokenizer on the way to a caller's own decoding.
@@ -72,7 +82,7 @@ class Asked:
         criterion = StopStringCriteria(tokenizer=tokenizer, stop_strings=strings)
         self.arguments["stopping_criteria"] = [*(self.arguments.get("stopping_criteria") or []), criterion]
 
-    def _of(self, ids: list[int], most_new: int | None) -> Rules:
+    def _of(self, index: int, ids: list[int], most_new: int | None) -> Rules:
         found = {}
 
         def note(model, input_ids, logits_processor=None, stopping_criteria=None, generation_config=None, **inputs):
@@ -86,10 +96,15 @@ class Asked:
             config.max_new_tokens = most_new
         elif most_new is not None:
             arguments["max_new_tokens"] = most_new
+        if self.sampling is not None:
+            own = self.sampling.of_row(index)
+            arguments = sampling_call.arguments(self.model, own, (), arguments | {"generation_config": config})
+            config = arguments.pop("generation_config")
         input_ids = torch.tensor([ids], device=self.model.device)
         mask = torch.ones_like(input_ids)  # else the parent would take a pad token within a prompt for padding
         GenerationMixin.generate(self.model, input_ids, config, attention_mask=mask, custom_generate=note, **arguments)
         self._require(found["config"], found["inputs"])
+        sampling_call.begin(found["processors"], input_ids, None)
         eos, others = set(), []
         for criterion in found["criteria"]:
             if type(criterion) is EosTokenCriteria:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 SAMPLERS = ("penalties", "top_k", "tfs_z", "typical_p", "top_p", "min_p", "temperature")
 ORDERS = {
@@ -94,6 +94,13 @@ class Sampling:
         """For how many rows there are options; None where they are for any number."""
         lengths = [len(getattr(self, option.name)) for option in fields(self) if self._is_by_row(option)]
         return lengths[0] if lengths else None
+
+    def of_row(self, row: int) -> "Sampling":
+        """What it says of one row, for a text alone: row 3's draws from seed 7 are those of seed 10."""
+        values = {option.name: getattr(self, option.name)[row] for option in fields(self) if self._is_by_row(option)}
+        if isinstance(self.seed, int):
+            values["seed"] = self.seed + row
+        return replace(self, **values)
 
     @property
     def order(self) -> tuple[str, ...]:
