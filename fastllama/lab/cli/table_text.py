@@ -1,0 +1,99 @@
+"""Options of the text that goes in, and of what is printed."""
+
+from fastllama.lab.cli.option import FILE, TEXT, Option
+
+GROUPS = {
+    "the text": (
+        Option("prompt", "run", "prompt", TEXT, ("-p", "--prompt"), (), "the text to go on from"),
+        Option(
+            "file", "run", "file", FILE, ("-f", "--file"), (), "a file that holds it; without either: standard input"
+        ),
+        Option(
+            "escape",
+            "run",
+            "escape",
+            None,
+            ("-e", "--escape"),
+            (),
+            r"\n, \t, \\, \' and \" in the prompt are escapes",
+            off=("--no-escape",),
+        ),
+        Option(
+            "interactive",
+            "run",
+            "interactive",
+            None,
+            ("-i", "--interactive", "-cnv", "--conversation"),
+            (),
+            "a turn for each line of standard input, with the cache kept between turns; /quit or end of file ends it, "
+            "Ctrl-C ends an answer; -p or -f is the first turn",
+        ),
+        Option(
+            "system_prompt",
+            "run",
+            "system_prompt",
+            TEXT,
+            ("-sys", "--system-prompt"),
+            (),
+            "with --interactive: what the chat template puts first",
+        ),
+        Option(
+            "chat_template",
+            "run",
+            "chat_template",
+            None,
+            (),
+            (),
+            "with --interactive: lines are the text itself, though the tokenizer has a chat template",
+            off=("--no-chat-template", "-no-cnv", "--no-conversation"),
+        ),
+        Option(
+            "from_llama_cpp",
+            "run",
+            "from_llama_cpp",
+            TEXT,
+            (),
+            (),
+            "a command line of llama.cpp's main: say what each of its options is here, and run it; options beside it "
+            "count more",
+            own=("--from-llama-cpp",),
+        ),
+        Option(
+            "dry_run", "run", "dry_run", None, (), (), "print what would run, or that translation", own=("--dry-run",)
+        ),
+    ),
+    "what is printed": (
+        Option(
+            "stream",
+            "run",
+            "stream",
+            None,
+            (),
+            (),
+            "print the text when it is whole, not as it is made",
+            off=("--no-stream",),
+        ),
+        Option("json", "run", "json", None, (), (), "print one JSON object at the end instead", own=("--json",)),
+        Option(
+            "display_prompt",
+            "run",
+            "display_prompt",
+            None,
+            ("--display-prompt",),
+            (),
+            "print the prompt before the text (llama.cpp always does, unless told otherwise)",
+            off=("--no-display-prompt",),
+        ),
+        Option(
+            "quiet",
+            "run",
+            "quiet",
+            None,
+            ("--log-disable", "--no-perf"),
+            (),
+            "nothing on standard error but errors",
+            own=("-q", "--quiet"),
+        ),
+        Option("debug", "run", "debug", None, (), (), "show the traceback of an error", own=("--debug",)),
+    ),
+}
