@@ -35,7 +35,7 @@ def run(settings: Settings, say, seed: int) -> None:
     if not ids:
         raise ValueError("the prompt has no token")
     reserved, new = loading.lengths(settings, place, len(ids))
-    rows = settings.run.parallel or settings.run.sequences
+    rows = min(settings.run.parallel or settings.run.sequences, settings.run.sequences)
     loaded = loading.load(settings, place, rows, len(ids), reserved, new)
     timings.loaded()
     torch.manual_seed(seed)
@@ -90,10 +90,10 @@ def _several(settings, place, loaded, ids, new, rows: int, timings: Timings) -> 
     answers, left = [], settings.run.sequences
     while left:
         count = min(rows, left)
-        timings.start(count * len(ids))
+        timings.start(0)
         with explained(f"{settings.run.model}, generating"):
             out = generate(settings, loaded, ids, count, new, None)
-        timings.token()
+        timings.whole(out[:, len(ids) :].numel())
         left -= count
         for row in out[:, len(ids) :].tolist():
             end = next((place_ for place_, token in enumerate(row) if token in loaded.eos), None)
@@ -149,6 +149,6 @@ def _json(settings, place, loaded, ids, answers: list[Answer], timings: Timings,
         "sampling": {"greedy": True} if settings.sampling.is_greedy else {**drawn, "seed": seed},
         "switches": asdict(settings.config),
         "path": words(settings, loaded),
-        "timings": timings.figures(),
+        "timings": {name: round(value, 3) for name, value in timings.figures().items()},
     }
     return json.dumps(found, ensure_ascii=False) + "\n"

@@ -11,6 +11,7 @@ from fastllama.lab.cli.interrupt import Interrupt
 from fastllama.lab.cli.session import Session
 from fastllama.lab.cli.settings import Settings
 from fastllama.lab.cli.stream import Detokenizer, write
+from fastllama.lab.cli.stream import say as complain
 from fastllama.lab.cli.timings import Timings
 from fastllama.lab.fault import explained
 
@@ -30,7 +31,7 @@ def run(settings: Settings, say, seed: int) -> None:
     torch.manual_seed(seed)
     chooser = Chooser(settings.sampling, loaded.eos if settings.run.ignore_eos else ())
     session = Session(loaded.model, chooser, loaded.eos, reserved, settings.config)
-    asks = sys.stdin is not None and sys.stdin.isatty() and not settings.run.quiet
+    asks = _is_terminal() and not settings.run.quiet
     if asks:
         say(f"a turn for each line; {_END} or the end of file ends it, Ctrl-C ends an answer")
     interrupt = Interrupt()
@@ -45,11 +46,15 @@ def run(settings: Settings, say, seed: int) -> None:
             break
         if line.strip():
             with interrupt.listening(), explained(f"{settings.run.model}, generating"):
-                _answer(settings, session, chat, place.tokenizer, line, limit, timings, interrupt.stopped, say)
+                _answer(settings, session, chat, place.tokenizer, line, limit, timings, interrupt.stopped)
         line = None
     if not settings.run.quiet:
         say(f"{len(session.ids)} tokens were said, {session.cached} of them computed, each once")
         report(settings, place, loaded, timings, seed, say)
+
+
+def _is_terminal() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def _next_line() -> str:
@@ -61,12 +66,12 @@ def _next_line() -> str:
     return line
 
 
-def _answer(settings, session: Session, chat, tokenizer, line: str, limit, timings: Timings, stopped, say) -> None:
+def _answer(settings, session: Session, chat, tokenizer, line: str, limit, timings: Timings, stopped) -> None:
     """One turn and what the model says to it."""
     try:
         ids = chat.ids(line)
     except ValueError as fault:
-        say(f"error: {fault}")
+        complain(f"error: {fault}")
         return
     detokenizer, pieces = Detokenizer(tokenizer, session.ids[-8:] + ids), []
 
@@ -84,10 +89,10 @@ def _answer(settings, session: Session, chat, tokenizer, line: str, limit, timin
         finish = session.answer(ids, limit, take, stopped)
     except ValueError as fault:
         chat.refused()
-        say(f"error: {fault}")
+        complain(f"error: {fault}")
         return
     show(detokenizer.end())
     chat.answered("".join(pieces))
     write("\n" if settings.run.stream else "".join(pieces) + "\n")
     if finish == "full":
-        say(_FULL.format(session.cache_length))
+        complain(_FULL.format(session.cache_length))

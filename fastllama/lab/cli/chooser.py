@@ -17,6 +17,11 @@ class Chooser:
         acts = not sampling.is_greedy or sampling.penalises
         self.processor = SamplingProcessor(sampling) if acts else None
 
+    def begin(self) -> None:
+        """Another generation begins: mirostat starts anew."""
+        if self.processor is not None:
+            self.processor.reset()
+
     def take(self, ids_1T: torch.Tensor, logits_1V: torch.Tensor) -> int:
         """The token that follows ids [1, T], of logits [1, V]."""
         scores_1V = logits_1V.to(copy=True, dtype=torch.float32)

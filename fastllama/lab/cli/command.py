@@ -91,6 +91,7 @@ def _generate(argv: list[str]) -> int:
 
 def _warnings(made) -> list[str]:
     """What has no effect, where nothing else will say so."""
+    from fastllama import demo
     from fastllama.lab.cli import orders
 
     sampling, found = made.sampling, []
@@ -103,6 +104,14 @@ def _warnings(made) -> list[str]:
         found += sampling.ignored
     if sampling.is_greedy and made.run.sequences > 1:
         found.append(f"{made.parsed.name('sequences')} {made.run.sequences}: greedy texts of a prompt are all the same")
+    if made.run.parallel is not None and made.run.sequences == 1:
+        found.append(f"{made.parsed.name('parallel')} has no effect: there is one text")
+    if "grp_attn_w" in made.switches and made.config.grp_attn_n == 1:
+        found.append(f"{made.parsed.name('grp_attn_w')} has no effect without --grp-attn-n")
+    if "min_keep" in made.parsed.values and sampling.is_greedy:
+        found.append(f"{made.parsed.name('min_keep')} has no effect: nothing is drawn")
+    if demo.is_random(made.run.model):
+        found.append(f"the weights of {made.run.model} are random: its text means nothing")
     return found
 
 

@@ -19,7 +19,8 @@ _IN_PROMPT = re.compile(r"\\[nt\\'\"]")
 
 @dataclass
 class Translation:
-    """`rows`: (llama.cpp's words, ours or None, a note); `argv`: ours, in all; `notes`: about the whole line."""
+    """`rows`: (llama.cpp's words, ours or None, a note); `argv`: what is mapped, by
+    their names, which our parser knows too; `notes`: about the whole line."""
 
     rows: list[tuple[str, str | None, str]] = field(default_factory=list)
     argv: list[str] = field(default_factory=list)
@@ -76,9 +77,9 @@ def _without_program(words: list[str], made: Translation) -> list[str]:
 def _add_option(made: Translation, option: Option, name: str, given: list[str], words: list[str]) -> None:
     if option.kind is None:
         off = plain(name) in option.off
-        ours = [next(each for each in option.off if each.startswith("--")) if off else option.canonical]
-        made.rows.append((name, ours[0], ""))
-        made.argv += ours
+        ours = next(each for each in option.off if each.startswith("--")) if off else option.canonical
+        made.rows.append((name, ours, ""))
+        made.argv.append(name)
         return
     if not given and not words:
         raise ValueError(f"--from-llama-cpp: {name} has no value")
@@ -88,9 +89,8 @@ def _add_option(made: Translation, option: Option, name: str, given: list[str], 
     if reason is not None:
         made.rows.append((theirs, None, reason))
         return
-    ours = [option.canonical, value]
-    made.rows.append((theirs, shlex.join(ours), _note(option, value)))
-    made.argv += ours
+    made.rows.append((theirs, shlex.join([option.canonical, value]), _note(option, value)))
+    made.argv += [name, value]
 
 
 def _ours(option: Option, value: str) -> tuple[str, str | None]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fastllama.lab.cli.option import Option
-from fastllama.lab.cli.table import GROUPS, OPTIONS, find, plain
+from fastllama.lab.cli.table import GROUPS, OPTIONS, find
 
 _ABOUT = """Text in, text out. Options go by llama.cpp's names and by transformers', and - and _ are the same within \
 them. Where the two use one name for different things, the option says so."""
@@ -113,13 +113,18 @@ def parse(argv: Sequence[str]) -> Parsed:
 
 
 def joined(argv: Sequence[str]) -> list[str]:
-    """The words with each value joined to its name: a value may begin with a dash then, as a text may."""
+    """The words with each value joined to its name: a value may begin with a dash then, as a text may.
+
+    Raises `ValueError` for a name without a value.
+    """
     words, left = [], list(argv)
     while left:
         word = left.pop(0)
         option = find(word)
-        if option is None or option.kind is None or not left or plain(word) in option.off:
+        if option is None or option.kind is None:
             words.append(word)
+        elif not left:
+            raise ValueError(f"{word} has no value")
         else:
             words.append(f"{word}={left.pop(0)}")
     return words

@@ -43,6 +43,7 @@ class Session:
         """
         self._require_room(len(turn))
         self._add(turn)
+        self.chooser.begin()
         logits_1V = self._feed(stopped)
         if logits_1V is None:
             return "interrupted"

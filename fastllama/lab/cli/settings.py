@@ -157,11 +157,11 @@ def _check(settings: Settings) -> None:
     for option in ("system_prompt", "chat_template"):
         if option in parsed.values and not run.interactive:
             raise ValueError(f"{named(option)} belongs to --interactive: else the prompt is the whole text")
-    if run.parallel is not None and run.parallel > run.sequences:
-        raise ValueError(
-            f"{named('parallel')} {run.parallel} is more than the {run.sequences} "
-            f"{'text' if run.sequences == 1 else 'texts'} of {named('sequences')}"
-        )
+    for option in ("model", "draft_model"):
+        if str(parsed.values.get(option, "")).lower().endswith(".gguf"):
+            raise ValueError(
+                f"{named(option)} {shown(parsed.words[option])}: a .gguf file is not loaded here, name a checkpoint"
+            )
     endless = run.new_tokens < 0 and settings.switches.get("context_shift") and settings.config.grp_attn_n == 1
     if endless and (run.sequences > 1 or settings.assistance.active):
         raise ValueError(f"{named('n_predict')} {run.new_tokens} with {named('context_shift')} is for one plain text")

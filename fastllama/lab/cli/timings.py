@@ -14,6 +14,8 @@ class Timings:
     prompt_tokens: int = 0
     eval_s: float = 0.0
     eval_tokens: int = 0
+    whole_s: float = 0.0
+    whole_tokens: int = 0
     _last: float = 0.0
     _is_first: bool = True
 
@@ -36,23 +38,30 @@ class Timings:
             self.eval_tokens += 1
         self._last, self._is_first = now, False
 
+    def whole(self, tokens: int) -> None:
+        """A generation of which no single token was seen has ended."""
+        self.whole_s += time.perf_counter() - self._last
+        self.whole_tokens += tokens
+
     def figures(self) -> dict:
         """By name with unit."""
-        return {
-            "load_ms": 1e3 * self.load_s,
-            "prompt_eval_ms": 1e3 * self.prompt_s,
-            "prompt_tokens": self.prompt_tokens,
-            "eval_ms": 1e3 * self.eval_s,
-            "eval_tokens": self.eval_tokens,
-            "total_ms": 1e3 * (time.perf_counter() - self.begun),
-        }
+        parts = {"prompt_eval_ms": 1e3 * self.prompt_s, "prompt_tokens": self.prompt_tokens}
+        parts |= {"eval_ms": 1e3 * self.eval_s, "eval_tokens": self.eval_tokens}
+        if self.whole_tokens:
+            parts = {"generate_ms": 1e3 * self.whole_s, "generated_tokens": self.whole_tokens}
+        total = time.perf_counter() - self.begun
+        return {"load_ms": 1e3 * self.load_s, **parts, "total_ms": 1e3 * total}
 
     def lines(self) -> list[str]:
         """For people."""
         found = self.figures()
-        prompt = _rate("prompt eval", found["prompt_eval_ms"], found["prompt_tokens"])
-        lines = [f"{'load':<12} {found['load_ms']:10,.1f} ms", prompt]
-        lines += [_rate("eval", found["eval_ms"], found["eval_tokens"])] if found["eval_tokens"] else []
+        lines = [f"{'load':<12} {found['load_ms']:10,.1f} ms"]
+        for name, ms, tokens in (
+            ("prompt eval", "prompt_eval_ms", "prompt_tokens"),
+            ("eval", "eval_ms", "eval_tokens"),
+            ("generate", "generate_ms", "generated_tokens"),
+        ):
+            lines += [_rate(name, found[ms], found[tokens])] if found.get(tokens) else []
         return [*lines, f"{'total':<12} {found['total_ms']:10,.1f} ms"]
 
 
