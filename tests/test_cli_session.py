@@ -60,7 +60,9 @@ def answered(session: Session, turn: list[int], limit: int | None = 9, stopped=N
 # the text of the whole
 
 
-@pytest.mark.parametrize("switches", [{}, {"compile": "native"}, {"cache_k": "f16"}, {"grp_attn_n": 2, "grp_attn_w": 8}])
+@pytest.mark.parametrize(
+    "switches", [{}, {"compile": "native"}, {"cache_k": "f16"}, {"grp_attn_n": 2, "grp_attn_w": 8}]
+)
 def test_each_answer_is_what_generate_gives_on_all_that_was_said(models, switches):
     vanilla, ours = models
     session, said = session_of(ours, **switches), []

@@ -1,6 +1,7 @@
 """The parser of `fastllama generate`: words in, values by option name out."""
 
 import argparse
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -9,6 +10,8 @@ from fastllama.lab.cli.table import GROUPS, OPTIONS, find
 
 _ABOUT = """Text in, text out. Options go by llama.cpp's names and by transformers', and - and _ are the same within \
 them. Where the two use one name for different things, the option says so."""
+
+_BEFORE = ":"  # stands before each value, since argparse would take one that is -- for its own
 
 
 @dataclass
@@ -41,6 +44,7 @@ class _Store(argparse.Action):
         if option.kind is None:
             value = not self.off
         else:
+            values = values.removeprefix(_BEFORE)
             try:
                 value = option.kind.read(values)
             except ValueError as fault:
@@ -58,7 +62,7 @@ def shown(text: str) -> str:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise ValueError(f"{message} (--help lists what is possible)")
+        raise ValueError(message)
 
 
 class _Help(argparse.HelpFormatter):
@@ -73,6 +77,7 @@ class _Help(argparse.HelpFormatter):
         return ", ".join(names) + (f" {option.kind.metavar}" if option.kind is not None else "")
 
 
+@functools.cache
 def parser() -> argparse.ArgumentParser:
     """An argparse parser with every option of the table."""
     made = _Parser(
@@ -108,7 +113,9 @@ def _help(option: Option) -> str:
 def parse(argv: Sequence[str]) -> Parsed:
     """What the words say. `ValueError` in one sentence where they say nothing; `SystemExit` after --help."""
     found = argparse.Namespace(parsed=Parsed())
-    parser().parse_args(joined(argv), found)
+    _, surplus = parser().parse_known_args(joined(argv), found)
+    if surplus:
+        raise ValueError(f"{shown(surplus[0])} is not an option (--help lists them)")
     return found.parsed
 
 
@@ -120,11 +127,12 @@ def joined(argv: Sequence[str]) -> list[str]:
     words, left = [], list(argv)
     while left:
         word = left.pop(0)
-        option = find(word)
+        name, equals, value = word.partition("=")
+        option = find(name)
         if option is None or option.kind is None:
             words.append(word)
-        elif not left:
+        elif not equals and not left:
             raise ValueError(f"{word} has no value")
         else:
-            words.append(f"{word}={left.pop(0)}")
+            words.append(f"{name}={_BEFORE}{value if equals else left.pop(0)}")
     return words

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields
 
+from fastllama.decode.context.choose import shifts
 from fastllama.decode.sampling.options import Sampling
 from fastllama.lab.assistance import Assistance
 from fastllama.lab.cli.parser import Parsed, shown
@@ -145,8 +146,9 @@ def _check(settings: Settings) -> None:
     if run.prompt is not None and run.file is not None:
         raise ValueError(f"{named('prompt')} and {named('file')} both give the prompt: leave one out")
     if run.interactive:
-        for option in ("json", "sequences", "parallel", "display_prompt"):
-            if parsed.values.get(option, False) not in (False, 1):
+        unfit = {"json": run.json, "sequences": run.sequences > 1, "display_prompt": run.display_prompt}
+        for option, is_asked in unfit.items():
+            if is_asked:
                 raise ValueError(f"{named(option)} does not go with {named('interactive')}")
         if settings.assistance.active:
             drafts = next(name for name in parsed.values if OPTIONS[name].target == "assistance")
@@ -162,9 +164,11 @@ def _check(settings: Settings) -> None:
             raise ValueError(
                 f"{named(option)} {shown(parsed.words[option])}: a .gguf file is not loaded here, name a checkpoint"
             )
-    endless = run.new_tokens < 0 and settings.switches.get("context_shift") and settings.config.grp_attn_n == 1
-    if endless and (run.sequences > 1 or settings.assistance.active):
-        raise ValueError(f"{named('n_predict')} {run.new_tokens} with {named('context_shift')} is for one plain text")
+    if run.new_tokens == -1 and shifts(settings.config) and run.sequences > 1:
+        raise ValueError(
+            f"{named('sequences')} {run.sequences} does not go with {named('context_shift')} and {named('n_predict')} "
+            "-1: one text without an end at a time"
+        )
     _check_assistance(settings)
 
 
@@ -173,6 +177,11 @@ def _check_assistance(settings: Settings) -> None:
     typed = [name for name in settings.parsed.values if OPTIONS[name].target == "assistance"]
     if not assistance.active and typed:
         raise ValueError(f"{named(typed[0])} needs --draft-model, --draft-weights or --prompt-lookup")
+    moving = "context_shift" if shifts(settings.config) else "grp_attn_n" if settings.config.grp_attn_n > 1 else None
+    if typed and moving is not None:
+        raise ValueError(
+            f"{named(moving)} does not go with {named(typed[0])}: drafted tokens are taken back, and may have moved"
+        )
     if assistance.prompt_lookup is None:
         return
     for name in ("draft_model", "draft_weights", "draft_tokens", "p_split", "draft_branches", "draft_device"):
