@@ -239,6 +239,7 @@ def test_options_without_effect(capsys, flags, words):
         (["-p"], "-p has no value"),
         (["-p", "a", "--max_new_tokens", "many"], "--max_new_tokens many is not a whole number"),
         (["-p", "a", "-n", 0], "-n 0 is not allowed"),
+        (["-i", "--ctx_size", 1], "--ctx_size 1 is not allowed; allowed: 0 (the model's own) or"),
         (["-p", "a", "--temp", "nan"], "--temp nan is not allowed; allowed: a finite number"),
         (["-p", "a", "--min_p", 2], "--min_p 2 is not allowed; allowed: a number from 0 to 1"),
         (["-p", "a", "--typical-p", 0], "--typical-p 0 is not allowed"),

@@ -1,9 +1,9 @@
 """The table of options: the parser, --help and the translation of llama.cpp's command lines are made from it."""
 
-from fastllama.lab.cli import table_cache, table_drawing, table_model, table_text
+from fastllama.lab.cli import table_cache, table_drawing, table_model, table_printed, table_text
 from fastllama.lab.cli.option import Option
 
-_FILES = (table_text, table_model, table_drawing, table_cache)
+_FILES = (table_text, table_model, table_drawing, table_cache, table_printed)
 GROUPS = {title: options for file in _FILES for title, options in file.GROUPS.items()}
 OPTIONS = {option.name: option for options in GROUPS.values() for option in options}
 _BY_NAME = {name: option for option in OPTIONS.values() for name in (*option.names, *option.off)}

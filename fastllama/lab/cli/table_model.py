@@ -4,7 +4,7 @@ from fastllama.lab.cli.option import NAME, Option, choice, within
 from fastllama.lab.cli.run import INTERACTIVE_LENGTH, NEW_TOKENS
 
 _MOST = 2**31 - 1
-_LENGTH = within(0, _MOST, words=f"0 (the model's own) or a whole number up to {_MOST}")
+_LENGTH = within(2, _MOST, 0, words=f"0 (the model's own) or a whole number from 2 to {_MOST}")
 _NEW = within(
     1,
     _MOST,
@@ -100,7 +100,7 @@ GROUPS = {
             own=("--cache-length",),
         ),
         Option(
-            "ignore_eos", "run", "ignore_eos", None, ("--ignore-eos",), (), "never end the text before it is so long"
+            "ignore_eos", "run", "ignore_eos", None, ("--ignore-eos",), (), "the text does not end before it is so long"
         ),
         Option(
             "sequences",

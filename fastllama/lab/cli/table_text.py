@@ -1,4 +1,4 @@
-"""Options of the text that goes in, and of what is printed."""
+"""Options of the text that goes in."""
 
 from fastllama.lab.cli.option import FILE, TEXT, Option
 
@@ -6,7 +6,13 @@ GROUPS = {
     "the text": (
         Option("prompt", "run", "prompt", TEXT, ("-p", "--prompt"), (), "the text to go on from"),
         Option(
-            "file", "run", "file", FILE, ("-f", "--file"), (), "a file that holds it; without either: standard input"
+            "file",
+            "run",
+            "file",
+            FILE,
+            ("-f", "--file"),
+            (),
+            "a file that holds it; without either: standard input. A last line end is left out",
         ),
         Option(
             "escape",
@@ -15,7 +21,7 @@ GROUPS = {
             None,
             ("-e", "--escape"),
             (),
-            r"\n, \t, \\, \' and \" in the prompt are escapes",
+            r"\n, \t, \\, \' and \" in the prompt are escapes (newer llama.cpp always reads them, unless told otherwise)",
             off=("--no-escape",),
         ),
         Option(
@@ -61,39 +67,5 @@ GROUPS = {
         Option(
             "dry_run", "run", "dry_run", None, (), (), "print what would run, or that translation", own=("--dry-run",)
         ),
-    ),
-    "what is printed": (
-        Option(
-            "stream",
-            "run",
-            "stream",
-            None,
-            (),
-            (),
-            "print the text when it is whole, not as it is made",
-            off=("--no-stream",),
-        ),
-        Option("json", "run", "json", None, (), (), "print one JSON object at the end instead", own=("--json",)),
-        Option(
-            "display_prompt",
-            "run",
-            "display_prompt",
-            None,
-            ("--display-prompt",),
-            (),
-            "print the prompt before the text (llama.cpp always does, unless told otherwise)",
-            off=("--no-display-prompt",),
-        ),
-        Option(
-            "quiet",
-            "run",
-            "quiet",
-            None,
-            ("--log-disable", "--no-perf"),
-            (),
-            "nothing on standard error but errors",
-            own=("-q", "--quiet"),
-        ),
-        Option("debug", "run", "debug", None, (), (), "show the traceback of an error", own=("--debug",)),
     ),
 }
