@@ -21,7 +21,7 @@ GROUPS = {
             None,
             ("-e", "--escape"),
             (),
-            r"\n, \t, \\, \' and \" in the prompt are escapes (newer llama.cpp always reads them, unless told otherwise)",
+            r"\n, \t, \\, \' and \" in the prompt are escapes (newer llama.cpp reads them unless told not to)",
             off=("--no-escape",),
         ),
         Option(
