@@ -1,12 +1,15 @@
 """fastllama generate: the text is model.generate's, and what is wrong is said in one sentence."""
 
+import importlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -185,6 +188,19 @@ def test_a_text_ends_where_the_model_ends_it(capsys, models, folder, tmp_path):
     assert len(longer["ids"]) == 12 and end not in longer["ids"] and longer["finish"] == "length"
 
 
+def test_a_text_ends_behind_a_stop_string(capsys):
+    flags = ["-p", PROMPT, "-n", 40, "--dtype", "fp32", "--json"]
+    free = json.loads(generate(capsys, *flags).out)
+    stop = free["text"].split()[2]
+    end = free["text"].index(stop) + len(stop)
+    for more in ([], ["-md", "demo-draft"], ["--context-shift", "-n", -1, "--ignore-eos"]):
+        found = json.loads(generate(capsys, *flags, "--stop-strings", "not there", "-r", stop, *more).out)
+        assert found["finish"] == "stop" and found["ids"] == free["ids"][: len(found["ids"])]
+        assert len(found["text"]) >= end and stop not in found["text"][: end - 1]
+    (one, two) = json.loads(generate(capsys, *flags, "-r", stop, "-ns", 2).out)["texts"]
+    assert one == two == {name: found[name] for name in ("text", "ids", "finish")}
+
+
 def test_escapes_are_read_where_they_are_asked_for(capsys):
     def prompt_of(*flags):
         return json.loads(generate(capsys, "-n", 1, "--json", *flags).out)["prompt_ids"]
@@ -241,6 +257,7 @@ def test_options_without_effect(capsys, flags, words):
         (["-p", "a", "-n", 0], "-n 0 is not allowed"),
         (["-i", "--ctx_size", 1], "--ctx_size 1 is not allowed; allowed: 0 (the model's own) or"),
         (["-p", "a", "--temp", "nan"], "--temp nan is not allowed; allowed: a finite number"),
+        (["-p", "a", "-r", ""], "-r '' is empty"),
         (["-p", "a", "--min_p", 2], "--min_p 2 is not allowed; allowed: a number from 0 to 1"),
         (["-p", "a", "--typical-p", 0], "--typical-p 0 is not allowed"),
         (["-p", "a", "--mirostat", 3], "--mirostat 3 is not allowed; allowed: 0, 1, 2"),
@@ -299,6 +316,16 @@ def test_a_fault_is_told_where_it_is(capsys, monkeypatch):
 
 
 # as a program
+
+
+def test_the_program_is_installed(monkeypatch):
+    found = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: found.update(arguments))
+    monkeypatch.chdir(ROOT)
+    runpy.run_path(str(ROOT / "setup.py"))
+    (script,) = found["entry_points"]["console_scripts"]
+    name, module, function = script.replace("=", ":").split(":")
+    assert name == "fastllama" and getattr(importlib.import_module(module), function) is main
 
 
 def test_the_program_streams_and_ends_quietly_with_its_reader(models, demo_tokenizer):

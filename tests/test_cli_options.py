@@ -35,6 +35,7 @@ EXAMPLES = {
     "n_predict": ("-1", -1),
     "cache_length": ("0", 0),
     "ignore_eos": (None, True),
+    "stop_strings": ("User:", ("User:",)),
     "sequences": ("3", 3),
     "parallel": ("2", 2),
     "defaults": ("llama.cpp", "llama.cpp"),

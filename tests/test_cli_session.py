@@ -120,6 +120,14 @@ def test_an_end_of_text_is_not_kept(models):
     assert session.ids == TURNS[0] + kept and session.cached == len(session.ids)
 
 
+def test_an_answer_ends_behind_a_stop_string(capsys):
+    free = generate(capsys, "-i", "-n", 30, stdin="def f(x):\n").out
+    stop = free.split("(")[0] + "("
+    said = generate(capsys, "-i", "-n", 30, "-r", "(", "-r", "never there", stdin="def f(x):\nclass A:\n")
+    assert said.code == 0 and said.out.startswith(stop) and len(said.out) < len(free) + 40
+    assert stop.count("(") == 1 and said.out[: len(stop) + 8] != free[: len(stop) + 8]
+
+
 # full
 
 

@@ -6,7 +6,7 @@ import torch
 
 from fastllama.decode.sampling.options import Sampling
 from fastllama.lab.cli import loading, prompt
-from fastllama.lab.cli.chooser import Chooser
+from fastllama.lab.cli.chooser import Chooser, stops
 from fastllama.lab.cli.loading import Loaded, Place
 from fastllama.lab.cli.session import Session
 from fastllama.lab.cli.settings import Settings
@@ -75,12 +75,13 @@ def _one(settings: Settings, place: Place, loaded: Loaded, ids: list[int], new: 
     with explained(f"{settings.run.model}, generating"):
         if new is None:
             chooser = Chooser(settings.sampling, loaded.eos if settings.run.ignore_eos else ())
-            session = Session(loaded.model, chooser, loaded.eos, loaded.cache_length, settings.config)
+            ends = stops(place.tokenizer, settings.run.stop_strings)
+            session = Session(loaded.model, chooser, loaded.eos, loaded.cache_length, settings.config, ends)
             session.answer(ids, None, take, lambda: False)
             finish = "stop"
         else:
-            generate(settings, loaded, ids, 1, new, Collector(take))
-            finish = "stop" if made[-1] in loaded.eos else "length"
+            generate(settings, place, loaded, ids, 1, new, Collector(take))
+            finish = "stop" if made[-1] in loaded.eos or len(made) < new else "length"
     show(detokenizer.end())
     return Answer("".join(pieces), tuple(made), finish)
 
@@ -92,20 +93,34 @@ def _several(settings, place, loaded, ids, new, rows: int, timings: Timings) -> 
         count = min(rows, left)
         timings.start(0)
         with explained(f"{settings.run.model}, generating"):
-            out = generate(settings, loaded, ids, count, new, None)
+            out = generate(settings, place, loaded, ids, count, new, None)
         timings.whole(out[:, len(ids) :].numel())
         left -= count
+        pad = loaded.model.generation_config.pad_token_id
         for row in out[:, len(ids) :].tolist():
-            end = next((place_ for place_, token in enumerate(row) if token in loaded.eos), None)
-            made = row if end is None else row[: end + 1]
+            made = _until_end(row, loaded.eos, pad)
             detokenizer = Detokenizer(place.tokenizer, ids)
             text = "".join(detokenizer.add(token) for token in made if token not in loaded.eos) + detokenizer.end()
-            answers.append(Answer(text, tuple(made), "length" if end is None else "stop"))
+            finish = "stop" if made[-1] in loaded.eos or len(made) < new else "length"
+            answers.append(Answer(text, tuple(made), finish))
     return answers
 
 
-def generate(settings: Settings, loaded: Loaded, ids: list[int], rows: int, new: int, streamer) -> torch.Tensor:
+def _until_end(row: list[int], eos: tuple[int, ...], pad: int) -> list[int]:
+    """A row's new tokens, without what fills it up behind its end."""
+    end = next((index for index, token in enumerate(row) if token in eos), None)
+    if end is not None:
+        return row[: end + 1]
+    while len(row) > 1 and row[-1] == pad:
+        row = row[:-1]
+    return row
+
+
+def generate(settings, place: Place, loaded: Loaded, ids: list[int], rows: int, new: int, streamer) -> torch.Tensor:
     """What the model's own `generate` returns for so many rows of the prompt: ids [rows, T]."""
+    extra = dict(loaded.assistance)
+    if settings.run.stop_strings:
+        extra |= {"stop_strings": list(settings.run.stop_strings), "tokenizer": place.tokenizer}
     input_ids = torch.tensor([ids] * rows, device=loaded.model.device)
     return loaded.model.generate(
         input_ids,
@@ -114,7 +129,7 @@ def generate(settings: Settings, loaded: Loaded, ids: list[int], rows: int, new:
         min_new_tokens=new if settings.run.ignore_eos else None,
         sampling=settings.sampling,
         streamer=streamer,
-        **loaded.assistance,
+        **extra,
     )
 
 

@@ -6,7 +6,7 @@ import torch
 
 from fastllama.lab.cli import loading, prompt, turns
 from fastllama.lab.cli.answer import report
-from fastllama.lab.cli.chooser import Chooser
+from fastllama.lab.cli.chooser import Chooser, stops
 from fastllama.lab.cli.interrupt import Interrupt
 from fastllama.lab.cli.session import Session
 from fastllama.lab.cli.settings import Settings
@@ -30,7 +30,8 @@ def run(settings: Settings, say, seed: int) -> None:
     timings.loaded()
     torch.manual_seed(seed)
     chooser = Chooser(settings.sampling, loaded.eos if settings.run.ignore_eos else ())
-    session = Session(loaded.model, chooser, loaded.eos, reserved, settings.config)
+    ends = stops(place.tokenizer, settings.run.stop_strings)
+    session = Session(loaded.model, chooser, loaded.eos, reserved, settings.config, ends)
     asks = _is_terminal() and not settings.run.quiet
     if asks:
         say(f"a turn for each line; {_END} or the end of file ends it, Ctrl-C ends an answer")

@@ -1,12 +1,18 @@
-"""Chooser: the next token of one text, as `generate` would take it.
+"""Chooser: the next token of one text, and what ends it, as `generate` would have them.
 
 Legend: T ids so far, V vocabulary.
 """
 
 import torch
+from transformers import StopStringCriteria
 
 from fastllama.decode.sampling.options import Sampling
 from fastllama.decode.sampling.processor import SamplingProcessor
+
+
+def stops(tokenizer, strings: tuple[str, ...]) -> StopStringCriteria | None:
+    """What ends a text behind one of the strings; None without any."""
+    return StopStringCriteria(tokenizer=tokenizer, stop_strings=list(strings)) if strings else None
 
 
 class Chooser:

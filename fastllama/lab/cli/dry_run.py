@@ -43,5 +43,6 @@ def command(settings: Settings) -> str:
             off = next((each for each in option.off if each.startswith("--")), None)
             words += [option.canonical if value and option.names else off] if value or off else []
         else:
-            words += [option.canonical, settings.parsed.words[name]]
+            given = value if option.repeats else [settings.parsed.words[name]]
+            words += [word for each in given for word in (option.canonical, each)]
     return shlex.join(words)

@@ -28,8 +28,8 @@ class Option:
     help: str
     own: tuple[str, ...] = ()
     off: tuple[str, ...] = ()
-    group: str = ""
     default: str = ""  # in words
+    repeats: bool = False  # may be given several times: its field is a tuple
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -66,6 +66,12 @@ def _text(text: str) -> str:
     return text
 
 
+def _string(text: str) -> str:
+    if not text:
+        raise ValueError("is empty")
+    return _text(text)
+
+
 def _name(text: str) -> str:
     if not text.strip():
         raise ValueError("is empty")
@@ -98,5 +104,6 @@ def choice(*words: str) -> Kind:
 WHOLE = Kind("N", read_whole)
 NUMBER = Kind("X", read_number)
 TEXT = Kind("TEXT", _text)
+STRING = Kind("TEXT", _string)
 NAME = Kind("NAME", _name)
 FILE = Kind("FILE", _name)

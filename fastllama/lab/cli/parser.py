@@ -50,6 +50,8 @@ class _Store(argparse.Action):
             except ValueError as fault:
                 raise ValueError(f"{option_string} {shown(values)} {fault}") from None
             namespace.parsed.words[option.name] = values
+        if option.repeats:
+            value = (*namespace.parsed.values.get(option.name, ()), value)
         namespace.parsed.values[option.name] = value
         namespace.parsed.typed[option.name] = option_string
 

@@ -27,6 +27,7 @@ class Run:
     n_predict: int | None = None
     cache_length: int | None = None
     ignore_eos: bool = False
+    stop_strings: tuple[str, ...] = ()
     sequences: int = 1
     parallel: int | None = None
     defaults: str = "transformers"

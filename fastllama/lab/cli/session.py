@@ -17,11 +17,14 @@ _PASS = 256  # tokens of a turn that one step takes: its logits are of all of th
 class Session:
     """`ids` is what was said, of which the first `cached` tokens are in the model's cache; nothing is computed twice.
 
-    The model is one that `preallocate` reserved `cache_length` positions for, with `config`.
+    The model is one that `preallocate` reserved `cache_length` positions for, with `config`. `stops`, a criterion of
+    transformers, ends an answer behind the token that it was shown last.
     """
 
-    def __init__(self, model, chooser: Chooser, eos: tuple[int, ...], cache_length: int, config: FastConfig):
-        self.model, self.chooser, self.eos = model, chooser, eos
+    def __init__(
+        self, model, chooser: Chooser, eos: tuple[int, ...], cache_length: int, config: FastConfig, stops=None
+    ):
+        self.model, self.chooser, self.eos, self.stops = model, chooser, eos, stops
         self.cache_length, self.config = cache_length, config
         self.ids: list[int] = []
         self.cached = 0
@@ -38,7 +41,7 @@ class Session:
     ) -> str:
         """Adds a turn and then an answer of up to `limit` tokens, each told to `on_token`.
 
-        Returns why it ended: "stop" (an end of text, which is not kept), "length", "full" (the cache), or
+        Returns why it ended: "stop" (an end of text, which is not kept, or `stops`), "length", "full" (the cache), or
         "interrupted". Raises `ValueError`, and keeps what was said before, where the turn does not fit the cache.
         """
         self._require_room(len(turn))
@@ -55,6 +58,8 @@ class Session:
             self._add([token])
             made += 1
             on_token(token)
+            if self.stops is not None and bool(self.stops(self._held[:, : len(self.ids)], None)):
+                return "stop"
             if made == limit:
                 return "length"
             if stopped():

@@ -1,6 +1,6 @@
 """Options of the model, and of how much it writes."""
 
-from fastllama.lab.cli.option import NAME, Option, choice, within
+from fastllama.lab.cli.option import NAME, STRING, Option, choice, within
 from fastllama.lab.cli.run import INTERACTIVE_LENGTH, NEW_TOKENS
 
 _MOST = 2**31 - 1
@@ -101,6 +101,16 @@ GROUPS = {
         ),
         Option(
             "ignore_eos", "run", "ignore_eos", None, ("--ignore-eos",), (), "the text does not end before it is so long"
+        ),
+        Option(
+            "stop_strings",
+            "run",
+            "stop_strings",
+            STRING,
+            ("-r", "--reverse-prompt"),
+            ("--stop-strings",),
+            "the text (or the answer) ends behind this; several may be given",
+            repeats=True,
         ),
         Option(
             "sequences",

@@ -31,7 +31,6 @@ _TABLE = (
     (1, _ROPE, "--yarn-orig-ctx --yarn-ext-factor --yarn-attn-factor --yarn-beta-slow --yarn-beta-fast"),
     (1, "guidance is not built", "--cfg-scale --cfg-negative-prompt --cfg-negative-prompt-file"),
     (1, "a logit bias is a logits processor, in Python", "-l --logit-bias"),
-    (1, "stop strings are an argument of generate, in Python", "-r --reverse-prompt"),
     (1, _CHAT, "--chat-template --chat-template-file --chat-template-kwargs --in-prefix --in-suffix"),
     (0, _CHAT, "--jinja --no-jinja -ins --instruct -cml --chatml --in-prefix-bos -if --interactive-first -st"),
     (0, _CHAT, "--single-turn"),
