@@ -1,6 +1,8 @@
 """The table of options: every name of each reaches the field that it is for, and no words make a traceback."""
 
+import io
 import shlex
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields
 
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 import fastllama
 from fastllama.lab.assistance import Assistance
 from fastllama.lab.cli import settings as cli_settings
+from fastllama.lab.cli.command import main
 from fastllama.lab.cli.parser import parse, parser
 from fastllama.lab.cli.run import Run
 from fastllama.lab.cli.table import GROUPS, OPTIONS, find
@@ -214,6 +217,19 @@ def test_no_words_make_a_traceback(argv):
         assert "\n" not in str(error).replace("\\n", "")
         return
     assert isinstance(made, cli_settings.Settings)
+
+
+@settings(deadline=None, max_examples=300)
+@given(argv=ARGV)
+def test_the_command_ends_in_what_would_run_or_in_one_sentence(argv):
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main(["generate", "--dry-run", *(word for word in argv if word != "--debug")])
+    if code == 0:
+        assert err.getvalue() == "" and "fastllama generate" in out.getvalue()
+    else:
+        assert code == 2 and out.getvalue() == ""
+        assert err.getvalue().startswith("error: ") and "shows where" not in err.getvalue()
 
 
 @settings(deadline=None, max_examples=300)

@@ -19,7 +19,7 @@ _BETWEEN = "\n---\n"
 
 @dataclass(frozen=True)
 class Answer:
-    """Why it ended: "stop" at an end of text, or "length"."""
+    """Why it ended: "stop" at an end of text or behind a stop string, or "length"."""
 
     text: str
     ids: tuple[int, ...]
@@ -42,9 +42,10 @@ def run(settings: Settings, say, seed: int) -> None:
     if settings.run.display_prompt and not settings.run.json:
         write(text)
     single = settings.run.sequences == 1
-    answers = [_one(settings, place, loaded, ids, new, timings)] if single else _several(
-        settings, place, loaded, ids, new, rows, timings
-    )  # fmt: skip
+    if single:
+        answers = [_one(settings, place, loaded, ids, new, timings)]
+    else:
+        answers = _several(settings, place, loaded, ids, new, rows, timings)
     if settings.run.json:
         write(_json(settings, place, loaded, ids, answers, timings, seed))
         return
