@@ -41,6 +41,7 @@ setup(
         "rich>=13",
         "tomli>=2; python_version < '3.11'",
     ],
+    entry_points={"console_scripts": ["fastllama=fastllama.lab.cli.command:main"]},
     extras_require={
         "test": TEST,
         "plot": ["matplotlib>=3.8"],
