@@ -20,6 +20,7 @@ from fastllama.lab import (
     report,
     words,
 )
+from fastllama.lab.options import command as options
 from fastllama.lab.sources import ROOT
 
 
@@ -45,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.arguments(commands)
     evaluation.arguments(commands)
     context_score.arguments(commands)
+    options.arguments(commands)
 
     plot.arguments(commands)
     planner.arguments(commands)
@@ -89,6 +91,8 @@ def _run(arguments) -> int:
         return evaluation.run(arguments)
     if arguments.command == "context":
         return context_score.run(arguments)
+    if arguments.command == "options":
+        return options.run(arguments)
     records = record.read_all(arguments.root)
     if arguments.command in ("changes", "readme"):
         return _render(arguments, records)

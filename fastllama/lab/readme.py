@@ -16,6 +16,7 @@ from fastllama.lab import (
     words,
 )
 from fastllama.lab.changes import cell, gain, number, own_rows, speed, table, times_vanilla
+from fastllama.lab.options import summary as options_summary
 from fastllama.lab.sources import ROOT
 
 NAME = "README.md"
@@ -236,6 +237,7 @@ BLOCKS = {
     "quality": quality,
     "memory": memory,
     "assisted": assisted_table.table,
+    "options": options_summary.table,
 }
 
 
