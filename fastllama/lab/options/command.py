@@ -19,6 +19,7 @@ from fastllama.lab.progress import progress
 from fastllama.model.config import require_allowed
 
 SEED, NEW_TOKENS, RUNS = 987654321, 128, 3
+WIDTH = 110  # of what is printed to a file
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -86,7 +87,9 @@ def _load(planned: Plan) -> tuple[Subject, object]:
 def run(given: argparse.Namespace) -> int:
     """Sweep, write and print; the exit code."""
     logging.disable_progress_bar()  # one bar at a time
-    console, planned = Console(), plan(given)
+    planned, console = plan(given), Console()
+    if not console.is_terminal:
+        console.width = WIDTH
     store = Store(given.out, planned.source.path_word)
     store.require_folder()
     sweep = Sweep(planned, store, lambda: _load(planned))

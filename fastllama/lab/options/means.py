@@ -59,34 +59,21 @@ def words_of(row: dict) -> str:
     return f"{row['changed']} of {row['texts']}"
 
 
-_COLUMNS = (
-    ("perplexity", "perplexity_mean"),
-    ("distinct-2", "distinct_2_mean"),
-    ("repetition", "repetition_mean"),
-    ("sample ms", "sample_ms_mean"),
-    ("prompt ms", "prompt_eval_ms_mean"),
-    ("eval ms", "eval_ms_mean"),
-    ("total ms", "total_ms_mean"),
+_TEXTS = (("perplexity", "perplexity_mean"), ("distinct-2", "distinct_2_mean"), ("repetition", "repetition_mean"))
+_TIMINGS = (
+    ("load ms", "load_ms_mean"),
+    ("sample", "sample_ms_mean"),
+    ("prompt", "prompt_eval_ms_mean"),
+    ("eval", "eval_ms_mean"),
+    ("total", "total_ms_mean"),
+    ("eval tok/s", "eval_tok_per_s_mean"),
 )
 
 
 def printed(title: str, rows: list[dict]) -> Group:
     """The means, for people; why something had no effect or was skipped stands below."""
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=title, title_justify="left")
-    for name in ("option", "setting", "texts changed"):
-        shown.add_column(name, no_wrap=True)
-    for name in ("from token", *(name for name, _ in _COLUMNS)):
-        shown.add_column(name, justify="right", no_wrap=True)
     reasons: dict[str, list[str]] = {}
-    before = None
     for row in rows:
-        if before not in (None, row["option"]):
-            shown.add_section()
-        first = row["first_difference_median"]
-        figures = [number(row.get(key)) for _, key in _COLUMNS]
-        cells = [row["option"] if row["option"] != before else "", row["name"], words_of(row)]
-        shown.add_row(*cells, "-" if first == NONE else f"{first:g}", *figures)
-        before = row["option"]
         if row["reason"] and row["name"] != ALL:
             reasons.setdefault(row["reason"], []).append(row["name"])
     notes = [
@@ -95,4 +82,24 @@ def printed(title: str, rows: list[dict]) -> Group:
         "before"
     ]
     notes += [f"{', '.join(names)}: {words}" for words, names in reasons.items()]
-    return Group(shown, *map(Text, notes))
+    texts = _table(title, ("changed", "from token"), _TEXTS, rows)
+    times = _table("mean timings of a run", (), _TIMINGS, rows)
+    return Group(texts, *map(Text, notes), Text(), times)
+
+
+def _table(title: str, heads: tuple[str, ...], columns, rows: list[dict]) -> Table:
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=title, title_justify="left")
+    for name in ("option", "setting"):
+        shown.add_column(name, no_wrap=True)
+    for name in (*heads, *(name for name, _ in columns)):
+        shown.add_column(name, justify="right", no_wrap=True)
+    before = None
+    for row in rows:
+        if before not in (None, row["option"]):
+            shown.add_section()
+        first = row["first_difference_median"]
+        cells = [words_of(row), "-" if first == NONE else f"{first:g}"][: len(heads)]
+        figures = [number(row.get(key)) for _, key in columns]
+        shown.add_row(row["option"] if row["option"] != before else "", row["name"], *cells, *figures)
+        before = row["option"]
+    return shown

@@ -2,6 +2,7 @@
 
 from fastllama.lab.options import flags
 from fastllama.lab.options.setting import Setting
+from fastllama.lab.options.subject import threads_of
 
 _DEFAULT_NOT_VANILLA = ("context", "cache_k", "cache_v")
 
@@ -9,6 +10,8 @@ _DEFAULT_NOT_VANILLA = ("context", "cache_k", "cache_v")
 def notes(setting: Setting, values: dict, subject) -> list[str]:
     """Sentences, as the log has them."""
     said = list(flags.sampling(values, 0).ignored)
+    if threads_of(values) != values["threads"]:
+        said.append(f"-t {values['threads']} is cut to {threads_of(values)}, the processors that can be used")
     if not subject.source.is_llama:
         names = ", ".join(flags.SPELLING[name] for name in _DEFAULT_NOT_VANILLA)
         return [*said, f"the defaults of {names} are not applied: transformers' own cache runs"]

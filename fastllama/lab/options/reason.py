@@ -40,15 +40,15 @@ def _of(name: str, values: dict, facts: Facts) -> str | None:
     if name == "p_split":
         return "a drafted token stands only where the model draws the same"
     if name == "keep" and stored <= facts.context:
-        return f"the text of {facts.tokens} tokens fits the context of {facts.context}: nothing is dropped"
+        return f"the text fits the context of {facts.context}: nothing is dropped"
     if name == "keep" and values["grp_attn_n"] > 1:
         return "self-extend drops nothing"
     if name == "context" and stored <= min(facts.context, facts.default_context):
-        return f"the text of {facts.tokens} tokens fits either context"
+        return "the text fits either context"
     if name == "grp_attn_w" and values["grp_attn_n"] == 1:
         return "-gan 1 makes no groups, whatever their window"
     if name in flags.GROUPS and stored <= values["grp_attn_w"]:
-        return f"the text of {facts.tokens} tokens fills no window of {values['grp_attn_w']}"
+        return f"the text fills no window of {values['grp_attn_w']}"
     if name == "repeat_last_n" and not sampling.penalises:
         return "--repeat-penalty 1 and no other penalty: nothing is penalised, whatever the window"
     if name in ("mirostat_eta", "mirostat_tau") and not values["mirostat"]:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import fastllama
 from fastllama import demo
-from fastllama.lab import checkpoint
+from fastllama.lab import checkpoint, environment
 from fastllama.lab.checkpoint import Checkpoint
 from fastllama.lab.contestant import synchronize
 from fastllama.lab.fault import explained, sentence
@@ -74,6 +74,11 @@ def _ends(model: nn.Module) -> frozenset[int]:
 def _load(source: Source, cls, dtype: torch.dtype, device: torch.device):
     found = Checkpoint(source.name, source.place, None)
     return checkpoint.load(found, cls, dtype, device)
+
+
+def threads_of(values: dict) -> int:
+    """Threads that run: more than there are processors to use would only wait for one another."""
+    return min(values["threads"], environment.usable_cores() or values["threads"])
 
 
 class Subject:
@@ -140,7 +145,7 @@ class Subject:
 
     def reserve(self, values: dict, shifts: bool, rows: int = 1) -> None:
         """Raises `ValueError` or `MemoryError` where this cannot be."""
-        torch.set_num_threads(values["threads"])
+        torch.set_num_threads(threads_of(values))
         start = time.perf_counter()
         if self.source.is_llama:
             config = FastConfig(
