@@ -31,7 +31,7 @@ TABLE = """
 --temp 0.8/same
 [keep]
 --keep 4/kept
--c 24 --keep 4/overflow
+-c 20 --keep 4/overflow
 [mirostat]
 --mirostat 2/mirostat_2
 [split]
@@ -278,14 +278,14 @@ def test_each_sequence_has_draws_of_its_own(swept, tiny):
     assert served["slots"] == 2 and len(served["ids"]) == 3 and served["ids"][0] == plain["ids"]
     assert read_run(swept, "split", "split", "one")["sequences"]["ids"] == served["ids"][:2]
     subject = Subject(find(tiny, torch.float32), torch.float32, CPU, "no", None)
-    ids = subject_ids = transformers.AutoTokenizer.from_pretrained(tiny)(PROMPTS["one"]).input_ids
+    ids = transformers.AutoTokenizer.from_pretrained(tiny)(PROMPTS["one"]).input_ids
     values = plain["asked"]["values"]
     threads = torch.get_num_threads()
     subject.reserve(values, False)
     torch.set_num_threads(threads)
     for row in range(3):
-        assert served["ids"][row] == loop.run(subject, subject_ids, flags.sampling(values, SEED + row), 12).ids
-    assert ids and len({tuple(each) for each in served["ids"]}) == 3
+        assert served["ids"][row] == loop.run(subject, ids, flags.sampling(values, SEED + row), 12).ids
+    assert len({tuple(each) for each in served["ids"]}) == 3
     row = read_csv(swept, "many")["many", "one"]
     assert int(row["sequences_tokens"]) == sum(map(len, served["ids"])) and float(row["sequences_tok_per_s_mean"]) > 0
 

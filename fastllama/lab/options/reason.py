@@ -37,6 +37,8 @@ def _of(name: str, values: dict, facts: Facts) -> str | None:
         if flags.whole(values["parallel"]) == 1:
             return f"-np {values['parallel']:g} runs one sequence at a time, and each draws by itself"
         return "each sequence draws by itself, whatever runs beside it"
+    if name in flags.CACHE:
+        return "what it rounds changed no choice"
     if name == "p_split":
         return "a drafted token stands only where the model draws the same"
     if name == "keep" and stored <= facts.context:

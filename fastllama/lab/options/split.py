@@ -17,6 +17,8 @@ from fastllama.lab.options import flags
 from fastllama.lab.options.loop import Drawn
 from fastllama.lab.options.timings import Timings
 
+DRAFT_TOKENS = 5  # a round, as in llama.cpp
+
 
 @dataclass(frozen=True)
 class Sequences:
@@ -42,6 +44,7 @@ def assisted(subject, prompt_ids: list[int], sampling, new_tokens: int, p_split:
         sampling=sampling,
         max_new_tokens=new_tokens,
         assistant_model=subject.draft,
+        num_assistant_tokens=DRAFT_TOKENS,
         p_split=p_split,
     )
     synchronize(model.device)

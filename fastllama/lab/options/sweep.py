@@ -116,21 +116,18 @@ class Sweep:
         self.found.records[setting.name, prompt.name] = kept
 
     def _make(self, setting: Setting, prompt: PromptText, prompt_ids: list[int], kept: list, begin) -> str | None:
-        """Fills what `kept` lacks; the reason where this cannot be reserved."""
+        """Fills what `kept` lacks; the reason where this cannot be reserved, or cannot run."""
         values, subject = setting.values(self.plan.defaults), self.subject
         shifts = len(prompt_ids) + self.plan.new_tokens - 1 > subject.context(values)
         try:
             subject.reserve(values, shifts)
+            self._text(setting, values, prompt_ids)
         except (ValueError, MemoryError) as fault:
             return why_not(fault)
-        warm = False
         for run, record in enumerate(kept, 1):
             if record is not None:
                 continue
             begin(f"{prompt.name}, {setting.name}, run {run}")
-            if not warm:
-                self._text(setting, values, prompt_ids)
-                warm = True
             text, said = self._text(setting, values, prompt_ids)
             served = self._sequences(setting, values, prompt_ids)
             said = [*notes(setting, values, subject), *said]
