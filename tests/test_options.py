@@ -316,6 +316,22 @@ def test_readme_has_a_table_of_the_kept_means(swept, tmp_path):
     assert "| long | short_context: `-c 8` | skipped |" in text and "_ms" not in json.dumps(kept["means"])
 
 
+def test_options_are_combined_and_what_lacks_a_draft_is_skipped(tiny, inputs, tmp_path, capsys):
+    names = ["temp", "keep", "split"]
+    asked = command(tiny, inputs, tmp_path, "--only", *names, "--combine", "2", "--runs", "1")
+    assert main(asked) == 0
+    assert (tmp_path / "outputs" / "tiny_temp+keep" / "outputs_res" / "one_cold+overflow_run1.txt").exists()
+    both = read_csv(tmp_path, "temp+keep")
+    assert {name for name, _ in both} == {"cold+kept", "cold+overflow", "same+kept", "same+overflow"}
+    assert both["cold+kept", "one"]["flags"] == "--temp 0 --keep 4"
+    assert both["same+kept", "one"]["reason"].endswith("nothing is dropped")
+    assert both["cold+kept", "one"]["runs"] == "1" and both["cold+kept", "one"]["eval_ms_sd"] == ""
+    row = read_csv(tmp_path, "temp+split")["cold+split", "two"]
+    assert (row["effect"], row["runs"]) == ("skipped", "0") and "needs a draft" in row["reason"]
+    assert (tmp_path / "aggregation" / "tiny_means_2.csv").exists()
+    assert "skipped" in capsys.readouterr().out
+
+
 # again, and what is refused
 
 

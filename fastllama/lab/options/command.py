@@ -8,12 +8,13 @@ from rich.console import Console
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
+from fastllama import demo
 from fastllama.lab import checkpoint
 from fastllama.lab.environment import environment
 from fastllama.lab.fault import sentence
 from fastllama.lab.options import means, prompts, summary, table
 from fastllama.lab.options.store import Store
-from fastllama.lab.options.subject import DRAFTS, Source, Subject, find
+from fastllama.lab.options.subject import Source, Subject, draft_of, find
 from fastllama.lab.options.sweep import Plan, Sweep
 from fastllama.lab.progress import progress
 from fastllama.model.config import require_allowed
@@ -65,7 +66,7 @@ def plan(given: argparse.Namespace) -> Plan:
     texts = prompts.read(given.inputs)
     device = checkpoint.auto_device() if given.device == "auto" else checkpoint.check_device(given.device)
     source = find(given.model, _DTYPES[given.dtype])
-    draft = given.draft or DRAFTS.get(given.model)
+    draft = given.draft or draft_of(given.model)
     settings = options.settings(combine)
     how = (given.dtype, device, given.compile, draft, settings, options.defaults, texts, seed, new_tokens, runs)
     return Plan(source, *how)
@@ -109,6 +110,8 @@ def run(given: argparse.Namespace) -> int:
             "samplers",
             highlight=False,
         )
+    if demo.is_random(given.model):
+        console.print(f"{given.model} has random weights, which say nothing about texts", highlight=False)
     with progress(max(sweep.missing, 1)) as begin:
         rows = sweep.run(begin, lambda option, own: store.write_csv(option, own))
     mean = means.means(rows)

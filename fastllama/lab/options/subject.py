@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import fastllama
 from fastllama import demo
-from fastllama.lab import checkpoint, environment
+from fastllama.lab import checkpoint, environment, vanilla
 from fastllama.lab.checkpoint import Checkpoint
 from fastllama.lab.contestant import synchronize
 from fastllama.lab.fault import explained, sentence
@@ -36,7 +35,6 @@ _NOT_VANILLA = {
     "p_split": "only the fast path has drafts that split",
 }
 _NKVO = "keys and values lie with the weights: a cache on the CPU beside weights on an accelerator is not offered"
-DRAFTS = {"demo": "demo-draft"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,11 @@ class Source:
     def path_word(self) -> str:
         """The model's name as part of a file's."""
         return "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in Path(self.name).name)
+
+
+def draft_of(name: str) -> str | None:
+    """The draft of a model that has one of its own: the demo, and the demo in a larger body."""
+    return "demo-draft" if name == "demo" or name.startswith("inflated:") else None
 
 
 def find(name: str, dtype: torch.dtype) -> Source:
@@ -93,12 +96,13 @@ class Subject:
         self.model, self._model_s = _load(source, cls, dtype, device)
         self.load_ms = 1000 * self._model_s
         self.ends = _ends(self.model)
+        vanilla.plain_greedy(self.model, next(iter(self.ends), 0))  # a checkpoint's own sampling is not asked for
         self.draft, self._scorer = None, None
         self._cache: DynamicCache | None = None
         if draft is not None and source.is_llama:
             self.draft, _ = _load(find(draft, dtype), fastllama.LlamaForCausalLM, dtype, device)
         if dtype != torch.float32:
-            plain = transformers.LlamaForCausalLM if source.is_llama else AutoModelForCausalLM
+            plain = vanilla.LlamaForCausalLM if source.is_llama else AutoModelForCausalLM
             self._scorer, _ = _load(source, plain, torch.float32, device)
 
     @property
