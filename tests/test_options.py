@@ -332,6 +332,18 @@ def test_options_are_combined_and_what_lacks_a_draft_is_skipped(tiny, inputs, tm
     assert "skipped" in capsys.readouterr().out
 
 
+def test_a_text_follows_from_its_own_setting_and_prompt_alone(swept, tiny, inputs, tmp_path):
+    (tmp_path / "inputs").mkdir()
+    for name, text in (("a", PROMPTS["two"]), ("z", "another text, of another length")):
+        (tmp_path / "inputs" / f"{name}.txt").write_text(text)
+    asked = command(tiny, tmp_path / "inputs", tmp_path, "--only", "mirostat", "--runs", "1")
+    asked[asked.index("--options") + 1] = str(inputs / "table.txt.own")
+    assert main(asked) == 0
+    for option, name in (("only", "only"), ("mirostat", "mirostat_2")):
+        ids = read_run(tmp_path, option, name, "a")["ids"]
+        assert ids == read_run(swept, option, name, "two")["ids"] and len(ids) == 12
+
+
 # again, and what is refused
 
 
@@ -389,16 +401,19 @@ def test_what_was_asked_otherwise_is_not_mixed(swept, tiny, inputs, capsys):
         (["--compile", "hard"], "compile='hard' is not allowed"),
         (["--model", "nowhere/at/all"], "there is no model folder nowhere/at/all"),
         (["--out", "bad"], "bad is no folder"),
+        (["--draft", "gpt"], "--draft gpt is no Llama, and only Llama drafts here"),
     ],
     ids=str,
 )
 def test_bad_input_is_one_sentence_and_writes_nothing(more, sentence, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad").write_text("--heat 3/hot")
+    (tmp_path / "gpt").mkdir()
+    (tmp_path / "gpt" / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     assert main(["options", "--device", "cpu", *more]) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "gpt"]
 
 
 def test_a_dry_run_says_what_would_run(capsys, tmp_path):

@@ -67,6 +67,8 @@ def plan(given: argparse.Namespace) -> Plan:
     device = checkpoint.auto_device() if given.device == "auto" else checkpoint.check_device(given.device)
     source = find(given.model, _DTYPES[given.dtype])
     draft = given.draft or draft_of(given.model)
+    if given.draft is not None and not find(given.draft, _DTYPES[given.dtype]).is_llama:
+        raise ValueError(f"--draft {given.draft} is no Llama, and only Llama drafts here")
     settings = options.settings(combine)
     how = (given.dtype, device, given.compile, draft, settings, options.defaults, texts, seed, new_tokens, runs)
     return Plan(source, *how)
@@ -81,7 +83,8 @@ def _tokenizer(source: Source):
 
 def _load(planned: Plan) -> tuple[Subject, object]:
     tokenizer = _tokenizer(planned.source)
-    how = (_DTYPES[planned.dtype], torch.device(planned.device), planned.compile, planned.draft)
+    drafts = any("p_split" in setting.given for setting in planned.settings)
+    how = (_DTYPES[planned.dtype], torch.device(planned.device), planned.compile, planned.draft if drafts else None)
     return Subject(planned.source, *how), tokenizer
 
 
