@@ -8,7 +8,7 @@ import torch
 from fastllama.lab import changes, words
 from fastllama.lab.options import means
 from fastllama.lab.options.aggregate import NONE
-from fastllama.lab.sources import ROOT
+from fastllama.lab.sources import ROOT, source_sha256
 
 FOLDER = f"{words.LOGS}/options"
 NONE_YET = "No sweep is kept yet: `python -m fastllama.lab options --json FILE`.\n"
@@ -43,6 +43,11 @@ def content(plan, mean: list[dict], environment: Callable[[torch.device], dict])
         "seed": plan.seed,
         "new_tokens": plan.new_tokens,
         "prompts": [prompt.name for prompt in plan.prompts],
+        "prompt_sha256": [prompt.sha256 for prompt in plan.prompts],
+        "compile": plan.compile,
+        "runs": plan.runs,
+        "defaults": plan.defaults,
+        "source_sha256": source_sha256(),
         "environment": environment(torch.device(plan.device)),
         "means": [{name: row[name] for name in _KEPT if name in row} for row in mean],
     }
