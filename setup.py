@@ -26,6 +26,7 @@ setup(
     package_data={
         "fastllama.kernels": ["native_code/*"],
         "fastllama.lab": ["sweeps/*.toml"],
+        "fastllama.lab.options": ["table.txt", "inputs/*.txt"],
         "fastllama.demo": [
             "heldout/*",
             "weights/*.json",

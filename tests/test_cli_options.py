@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastllama
-from fastllama.lab.assistance import Assistance
 from fastllama.lab.cli import settings as cli_settings
 from fastllama.lab.cli.command import main
 from fastllama.lab.cli.parser import parse, parser
 from fastllama.lab.cli.run import Run
 from fastllama.lab.cli.table import GROUPS, OPTIONS, find
+from fastllama.lab.points.assistance import Assistance
 from tests.cli import generate
 
 # What is typed, and what the field then holds; None for what only exists in one name that turns it off.

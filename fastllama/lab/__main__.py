@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fastllama.lab.measuring import compare, doctor
 from fastllama.lab.memory import memory_table, planner
+from fastllama.lab.options import command as options
 from fastllama.lab.pages import board, report
 from fastllama.lab.pictures import plot
 from fastllama.lab.prompts import parallel
@@ -36,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.arguments(commands)
     evaluation.arguments(commands)
     context_score.arguments(commands)
+    options.arguments(commands)
 
     plot.arguments(commands)
     planner.arguments(commands)
@@ -83,6 +85,8 @@ def _run(arguments) -> int:
         return evaluation.run(arguments)
     if arguments.command == "context":
         return context_score.run(arguments)
+    if arguments.command == "options":
+        return options.run(arguments)
     records = record.read_all(arguments.root)
     if arguments.command in ("changes", "readme"):
         return _render(arguments, records)

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from fastllama.decode.context.choose import shifts
-from fastllama.lab import checkpoint, contestant, drafting, workload
-from fastllama.lab.checkpoint import Checkpoint
 from fastllama.lab.cli.run import INTERACTIVE_LENGTH, NEW_TOKENS
 from fastllama.lab.cli.settings import Settings, in_typed_words
-from fastllama.lab.point import DTYPES, Point
-from fastllama.lab.workload import Workload
+from fastllama.lab.measuring import checkpoint, contestant, drafting
+from fastllama.lab.measuring.checkpoint import Checkpoint
+from fastllama.lab.points import workload
+from fastllama.lab.points.point import DTYPES, Point
+from fastllama.lab.points.workload import Workload
 
 
 @dataclass(frozen=True)

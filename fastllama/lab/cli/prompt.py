@@ -4,7 +4,7 @@ import re
 import sys
 
 from fastllama.lab.cli.run import Run
-from fastllama.lab.workload import read_text
+from fastllama.lab.points.workload import read_text
 
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "'": "'", '"': '"', "\\": "\\"}
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass, fields
 
 from fastllama.decode.context.choose import shifts
 from fastllama.decode.sampling.options import Sampling
-from fastllama.lab.assistance import Assistance
 from fastllama.lab.cli.parser import Parsed, shown
 from fastllama.lab.cli.run import Run
 from fastllama.lab.cli.table import OPTIONS
+from fastllama.lab.points.assistance import Assistance
 from fastllama.model.config import FastConfig, require_allowed
 
 _DRAWING = ("temperature", "top_k", "top_p", "min_p", "tfs_z", "typical_p", "mirostat")

@@ -89,7 +89,8 @@ def _memory_source(device: torch.device) -> str:
     return "anonymous memory" if os.path.exists("/proc/self/status") else "resident memory (psutil)"
 
 
-def _usable_cores() -> int | None:
+def usable_cores() -> int | None:
+    """Processors that this process may run on; None where the system does not tell."""
     # Not every system lets a process ask for the processors that it may run on.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
 
@@ -99,7 +100,7 @@ def environment(device: torch.device) -> dict:
     return {
         "cpu": cpu_name(),
         "cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
-        "usable_cores": _usable_cores(),
+        "usable_cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "interop_threads": torch.get_num_interop_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
