@@ -5,8 +5,6 @@ import json
 
 import pytest
 import torch
-from fastllama.lab.suite.__main__.line import judge
-from fastllama.lab.suite.__main__.many_lines import ManyCase
 
 import fastllama
 from fastllama.lab import __main__
@@ -15,6 +13,8 @@ from fastllama.lab.points import workload
 from fastllama.lab.prompts import many, parallel, parallel_texts, prompts_file, results_file
 from fastllama.lab.prompts.results_file import Results
 from fastllama.lab.suite import many_lines, suite_lines
+from fastllama.lab.suite.line import judge
+from fastllama.lab.suite.many_lines import ManyCase
 from tests import command
 
 LINES = [

@@ -5,7 +5,6 @@ import re
 
 import pytest
 import torch
-from fastllama.lab.quality.quality.known_quality import Known
 
 from fastllama import demo
 from fastllama.demo import names
@@ -13,6 +12,7 @@ from fastllama.lab import __main__ as lab
 from fastllama.lab.measuring import checkpoint
 from fastllama.lab.memory import peak, planner
 from fastllama.lab.quality import known_quality, score_file
+from fastllama.lab.quality.known_quality import Known
 
 GPU = ["plan", "--model", "random:llama-3.1-8b", "--device", "cuda", "--context", "131072", "--bandwidth", "2000"]
 NOTHING = Known([])

@@ -6,7 +6,6 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from fastllama.lab.quality.quality.windows import Window
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import entropy
@@ -16,6 +15,7 @@ from fastllama.lab.measuring.contestant import Contestant
 from fastllama.lab.measuring.parity import top_margin
 from fastllama.lab.points.workload import Prompt
 from fastllama.lab.quality import quality, score, windows
+from fastllama.lab.quality.windows import Window
 from tests.tiny import VOCAB, pair
 
 # pure formulas

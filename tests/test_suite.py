@@ -5,7 +5,6 @@ import re
 from dataclasses import replace
 
 import pytest
-from fastllama.lab.suite.__main__.line import NOT_COMPARED, Bound, Case, Line, Measured, judge
 
 from fastllama.lab import __main__ as lab_command
 from fastllama.lab.measuring import start
@@ -13,6 +12,7 @@ from fastllama.lab.pictures import curve
 from fastllama.lab.records import readme, record, schema
 from fastllama.lab.suite import __main__ as suite
 from fastllama.lab.suite import beside, rounds, suite_file, suite_lines
+from fastllama.lab.suite.line import NOT_COMPARED, Bound, Case, Line, Measured, judge
 from tests.fake_records import COMMIT, fake_record, make_repository, point
 from tests.test_measure import write_tiny
 

@@ -5,7 +5,6 @@ import io
 import json
 
 import pytest
-from fastllama.lab.suite.__main__.line import judge
 from rich.console import Console
 
 from fastllama.lab import __main__ as lab_command
@@ -14,6 +13,7 @@ from fastllama.lab.pictures import plot_assisted
 from fastllama.lab.points import points_file
 from fastllama.lab.records import digest
 from fastllama.lab.suite import assisted_lines, suite_lines
+from fastllama.lab.suite.line import judge
 from fastllama.lab.tasks import cost, file, prompts, run, table
 from tests import command
 

@@ -14,7 +14,7 @@ import torch
 from fastllama.lab.measuring import checkpoint
 from fastllama.lab.points import workload
 from fastllama.lab.points.workload import Workload
-from fastllama.lab.suite.__main__.line import Case, Measured
+from fastllama.lab.suite.line import Case, Measured
 
 _PACKAGE_PARENT = str(Path(__file__).resolve().parents[3])
 _LIMIT_S = 900

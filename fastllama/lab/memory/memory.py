@@ -1,4 +1,4 @@
-"""Peaks of memory, each from a fresh process: `python -m fastllama.lab.memory.memory.memory` is that process.
+"""Peaks of memory, each from a fresh process: `python -m fastllama.lab.memory.memory` is that process.
 
 On a CPU the parent watches the child's anonymous memory, and the child adds the weights that it uses where
 the checkpoint's file is mapped: transformers maps a file whose dtype it keeps, so that those weights are in no
@@ -82,7 +82,7 @@ def peaks(point: Point, name: str) -> Peaks:
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as noise:
         given.write(task)
         given.seek(0)
-        command = [sys.executable, "-m", "fastllama.lab.memory.memory.memory"]
+        command = [sys.executable, "-m", "fastllama.lab.memory.memory"]
         child = subprocess.Popen(command, stdin=given, stdout=answer, stderr=noise, env=environment)
         try:
             highest = 0

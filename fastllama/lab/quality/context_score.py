@@ -23,7 +23,7 @@ from fastllama.lab.measuring.progress import progress
 from fastllama.lab.points import workload
 from fastllama.lab.points.option import OPTIONS
 from fastllama.lab.quality import quality, windows
-from fastllama.lab.quality.quality.score import Score, compare_logits, small, summarise
+from fastllama.lab.quality.score import Score, compare_logits, small, summarise
 
 TOKENS, CACHE_LENGTH, KEEP, EVERY = 2048, 256, 4, 8
 

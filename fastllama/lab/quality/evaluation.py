@@ -24,8 +24,8 @@ from fastllama.lab.points.option import OPTIONS, words
 from fastllama.lab.points.point import Point
 from fastllama.lab.points.workload import Workload
 from fastllama.lab.quality import quality, score_file, score_table, windows
-from fastllama.lab.quality.quality.quality import Reference
-from fastllama.lab.quality.quality.score_file import AGAINST
+from fastllama.lab.quality.quality import Reference
+from fastllama.lab.quality.score_file import AGAINST
 from fastllama.lab.records import digest
 from fastllama.lab.records.sources import source_sha256
 

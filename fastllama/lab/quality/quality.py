@@ -21,8 +21,8 @@ from fastllama.lab.points import workload
 from fastllama.lab.points.point import Point
 from fastllama.lab.points.workload import Prompt, Workload
 from fastllama.lab.quality import windows
-from fastllama.lab.quality.quality.score import Score, compare_logits, summarise
-from fastllama.lab.quality.quality.windows import Text, Window
+from fastllama.lab.quality.score import Score, compare_logits, summarise
+from fastllama.lab.quality.windows import Text, Window
 
 WINDOW = 1024
 # Tokens a step: as many as the native step and the product of few rows take, since those are what decodes.

@@ -4,28 +4,14 @@ import re
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-<<<<<<< HEAD:fastllama/lab/records/readme.py
 from fastllama.lab.memory import memory_table
+from fastllama.lab.options import summary as options_summary
 from fastllama.lab.points import figures, points_file
 from fastllama.lab.quality import score_file, score_table
 from fastllama.lab.records import assisted_table, lossy, words
 from fastllama.lab.records.changes import cell, gain, number, own_rows, speed, table, times_vanilla
 from fastllama.lab.records.sources import ROOT
 from fastllama.lab.suite import suite_file
-=======
-from fastllama.lab.records import assisted_table
-from fastllama.lab.points import figures
-from fastllama.lab.records import lossy
-from fastllama.lab.memory import memory_table
-from fastllama.lab.points import points_file
-from fastllama.lab.quality import score_file
-from fastllama.lab.quality import score_table
-from fastllama.lab.suite import suite_file
-from fastllama.lab.records import words
-from fastllama.lab.records.changes import cell, gain, number, own_rows, speed, table, times_vanilla
-from fastllama.lab.options import summary as options_summary
-from fastllama.lab.records.sources import ROOT
->>>>>>> options:fastllama/lab/records/readme.py
 
 NAME = "README.md"
 NOT_MEASURED = "not measured"

@@ -22,8 +22,8 @@ from fastllama.lab.points import figures
 from fastllama.lab.records import git, record
 from fastllama.lab.records.sources import ROOT
 from fastllama.lab.suite import suite_file
-from fastllama.lab.suite.__main__.line import Line, Measured, judge
-from fastllama.lab.suite.__main__.suite_lines import LINES
+from fastllama.lab.suite.line import Line, Measured, judge
+from fastllama.lab.suite.suite_lines import LINES
 
 _STYLES = {"reached": "green", "not reached": "bold red", "nothing asked": "dim"}
 

@@ -13,7 +13,7 @@ from fastllama.lab.measuring.contestant import Contestant
 from fastllama.lab.points import workload
 from fastllama.lab.points.assistance import Assistance
 from fastllama.lab.points.point import Point
-from fastllama.lab.suite.__main__.line import Bound, Case, Line, Measured
+from fastllama.lab.suite.line import Bound, Case, Line, Measured
 from fastllama.lab.tasks import cost, prompts, run
 from fastllama.lab.tasks.run import Task
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from fastllama.lab.measuring import measure
 from fastllama.lab.points.point import Point
 from fastllama.lab.records import digest
-from fastllama.lab.suite.__main__.line import NOT_COMPARED, Case, Measured
+from fastllama.lab.suite.line import NOT_COMPARED, Case, Measured
 from fastllama.lab.sweeping import sweep
 
 

@@ -18,7 +18,7 @@ from fastllama.lab.points import workload
 from fastllama.lab.points.workload import Prompt
 from fastllama.lab.prompts import many
 from fastllama.lab.suite import paged
-from fastllama.lab.suite.__main__.line import Bound, Case, Line, Measured
+from fastllama.lab.suite.line import Bound, Case, Line, Measured
 
 
 @dataclass(frozen=True)

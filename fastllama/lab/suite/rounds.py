@@ -23,7 +23,7 @@ from fastllama.lab.measuring.parity import compare
 from fastllama.lab.points import workload
 from fastllama.lab.points.point import Point
 from fastllama.lab.points.workload import Prompt, Workload
-from fastllama.lab.suite.__main__.line import Case, Measured
+from fastllama.lab.suite.line import Case, Measured
 
 _STEPS = 8  # of each lane in a round
 _CHECKED = 8  # new tokens that are compared with vanilla's

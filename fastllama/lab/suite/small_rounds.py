@@ -10,9 +10,9 @@ from fastllama.lab.memory import memory
 from fastllama.lab.points.point import Point
 from fastllama.lab.points.workload import Workload
 from fastllama.lab.quality import quality, windows
-from fastllama.lab.suite.__main__.line import Case, Measured
-from fastllama.lab.suite.__main__.neighbour import neighbour
-from fastllama.lab.suite.__main__.rounds import Lane, Stable, ratio, stable, take_turns
+from fastllama.lab.suite.line import Case, Measured
+from fastllama.lab.suite.neighbour import neighbour
+from fastllama.lab.suite.rounds import Lane, Stable, ratio, stable, take_turns
 
 _OWN = "own"  # the lane in the model's own floats
 _WEIGHTS, _CACHES = ("int8", "int4"), ("int8", "q8_0", "q4_0")

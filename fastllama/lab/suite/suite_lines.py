@@ -6,7 +6,7 @@ vanilla is transformers' own class, eager, in turns with ours.
 
 from fastllama.lab.measuring import start
 from fastllama.lab.suite import assisted_lines, beside, many_lines, rounds, small_rounds
-from fastllama.lab.suite.__main__.line import Bound, Case, Line
+from fastllama.lab.suite.line import Bound, Case, Line
 
 
 def _least(figure: str, bound: float) -> Bound:

@@ -10,7 +10,7 @@ from fastllama.lab.fault import sentence
 from fastllama.lab.measuring import measure
 from fastllama.lab.measuring.environment import environment
 from fastllama.lab.memory import peak_only
-from fastllama.lab.memory.memory.peak import Fit, fit
+from fastllama.lab.memory.peak import Fit, fit
 from fastllama.lab.points import figures, points_file
 from fastllama.lab.points.point import Point
 from fastllama.lab.records import record

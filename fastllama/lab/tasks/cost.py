@@ -7,7 +7,7 @@ from statistics import median
 
 from fastllama.lab.points.fields import check, number, object_
 from fastllama.lab.points.workload import Prompt
-from fastllama.lab.suite.__main__.rounds import Lane
+from fastllama.lab.suite.rounds import Lane
 
 _SIZES = (2, 3, 4, 5, 7, 9, 13, 16)  # tokens of a verification
 _ROUNDS, _STEPS = 3, 6

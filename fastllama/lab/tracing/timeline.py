@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastllama.lab.measuring.environment import environment
-from fastllama.lab.memory.memory.memory import _PACKAGE_PARENT
+from fastllama.lab.memory.memory import _PACKAGE_PARENT
 from fastllama.lab.points.point import Point
 from fastllama.lab.records.words import dump_json
 from fastllama.lab.tracing import timeline_plot
