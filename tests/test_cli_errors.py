@@ -75,6 +75,9 @@ def test_options_without_effect(capsys, flags, words):
         (["-p", "a\udcff"], "is not UTF-8 text"),
         (["-p", "a", "--from-llama-cpp", 'main -p "'], "a shell could not read this line"),
         (["surplus"], "surplus is not an option"),
+        (["--json=1"], "--json takes no value"),
+        (["-ie"], "-ie is not an option"),
+        (["-n5"], "-n5 is not an option"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(capsys, argv, words):

@@ -204,7 +204,7 @@ WORDS = st.sampled_from(sorted({name for option in OPTIONS.values() for name in 
 VALUES = st.sampled_from(
     ["0", "1", "-1", "2", "0.5", "nan", "inf", "-inf", "1e400", "9" * 400, "", " ", "q8_0", "demo", "top_k;top_p",
      "kfe", "llama.cpp", "native", "--", "-", "=", "main -p a", "\udcff", "\x00", "cpu", "int8", "٣"]
-) | st.text(max_size=6)  # fmt: skip
+) | st.text(max_size=6).filter(lambda text: text not in ("-h", "--help"))  # fmt: skip
 ARGV = st.lists(WORDS | VALUES | st.tuples(WORDS, VALUES).map("=".join), max_size=8)
 
 

@@ -11,6 +11,7 @@ from fastllama.lab.cli.table import GROUPS, OPTIONS, find
 _ABOUT = """Text in, text out. Options go by llama.cpp's names and by transformers', and - and _ are the same within \
 them. Where the two use one name for different things, the option says so."""
 
+_ASK_HELP = ("-h", "--help")
 _BEFORE = ":"  # stands before each value, since argparse would take one that is -- for its own
 
 
@@ -115,23 +116,25 @@ def _help(option: Option) -> str:
 def parse(argv: Sequence[str]) -> Parsed:
     """What the words say. `ValueError` in one sentence where they say nothing; `SystemExit` after --help."""
     found = argparse.Namespace(parsed=Parsed())
-    _, surplus = parser().parse_known_args(joined(argv), found)
-    if surplus:
-        raise ValueError(f"{shown(surplus[0])} is not an option (--help lists them)")
+    parser().parse_args(joined(argv), found)
     return found.parsed
 
 
 def joined(argv: Sequence[str]) -> list[str]:
     """The words with each value joined to its name: a value may begin with a dash then, as a text may.
 
-    Raises `ValueError` for a name without a value.
+    Raises `ValueError` for what is no option, and for a value that is missing or too much.
     """
     words, left = [], list(argv)
     while left:
         word = left.pop(0)
         name, equals, value = word.partition("=")
         option = find(name)
+        if option is None and word not in _ASK_HELP:
+            raise ValueError(f"{shown(word)} is not an option (--help lists them)")
         if option is None or option.kind is None:
+            if equals:
+                raise ValueError(f"{name} takes no value")
             words.append(word)
         elif not equals and not left:
             raise ValueError(f"{word} has no value")
