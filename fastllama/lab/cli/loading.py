@@ -45,18 +45,11 @@ def find(settings: Settings, say: Callable[[str], None]) -> Place:
     """The checkpoint, looked at and not loaded. Raises `ValueError` or `OSError` in one sentence."""
     run = settings.run
     device = checkpoint.auto_device() if run.device == "auto" else checkpoint.check_device(run.device)
-    if run.no_kv_offload:
-        _check_offload(settings, device, say)
+    if run.no_kv_offload and torch.device(device).type == "cpu":
+        say(f"warning: {settings.parsed.name('no_kv_offload')} has no effect: weights and cache are on the CPU")
     dtype = checkpoint.auto_dtype(run.model, device) if run.dtype == "auto" else run.dtype
     found = checkpoint.find(run.model, DTYPES[dtype])
     return Place(found, dtype, device, checkpoint.tokenizer(found))
-
-
-def _check_offload(settings: Settings, device: str, say: Callable[[str], None]) -> None:
-    name = settings.parsed.name("no_kv_offload")
-    if torch.device(device).type != "cpu":
-        raise ValueError(f"{name} cannot be honoured: the cache lies beside the weights, on {device}")
-    say(f"warning: {name} has no effect: weights and cache are on the CPU")
 
 
 def lengths(settings: Settings, place: Place, prompt: int) -> tuple[int, int | None]:
@@ -97,6 +90,7 @@ def lengths(settings: Settings, place: Place, prompt: int) -> tuple[int, int | N
 def load(settings: Settings, place: Place, rows: int, prompt: int, reserved: int, new: int | None) -> Loaded:
     """The model and its draft, reserved for `rows` texts. Raises `ValueError`, `OSError` or `MemoryError`."""
     new = min(reserved - prompt if new is None else new, reserved - prompt)
+    offloads = settings.run.no_kv_offload and torch.device(place.device).type != "cpu"
     with _named(settings):
         point = Point(
             settings.run.model,
@@ -104,7 +98,7 @@ def load(settings: Settings, place: Place, rows: int, prompt: int, reserved: int
             place.device,
             Workload(rows, prompt, new),
             preallocate=True,
-            switches=settings.switches,
+            switches=settings.switches | ({"cache_device": "cpu"} if offloads else {}),
             cache_length=reserved,
             assistance=settings.assistance,
         )

@@ -1,17 +1,10 @@
-"""Runs of -ps, -np and -ns: a draft whose branches split, and several sequences of a prompt that take turns.
-
-Legend: R rows, V vocabulary.
-"""
+"""Runs of -ps, -np and -ns: a draft whose branches split, and several sequences of a prompt that take turns."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from fastllama.decode.many.call import SHARED, run_many
-from fastllama.decode.sampling.processor import StatelessSamplingProcessor
-from fastllama.kernels.sampling.draw import drawn
-from fastllama.kernels.sampling.uniform import uniform
 from fastllama.lab.measuring.contestant import synchronize
 from fastllama.lab.options import flags
 from fastllama.lab.options.loop import Drawn
@@ -70,23 +63,11 @@ def sequences(subject, prompt_ids: list[int], values: dict, new_tokens: int, see
 
     Raises `ValueError` where one cannot run.
     """
-    model, sampling = subject.model, flags.sampling(values, None)
+    model, sampling = subject.model, replace(flags.sampling(values, None), seed=seed)
     count, slots = flags.whole(values["sequences"]), flags.whole(values["parallel"])
-
-    def draw(rows, probabilities_RV: torch.Tensor) -> torch.Tensor:
-        seeds = torch.tensor([seed + row.index for row in rows], device=probabilities_RV.device)
-        steps = torch.tensor([len(row.new) for row in rows], device=probabilities_RV.device)
-        return drawn(probabilities_RV.log(), uniform(seeds, steps))
-
-    processors = [StatelessSamplingProcessor(sampling)] if not sampling.is_greedy or sampling.penalises else []
-    arguments = {"logits_processor": processors, "do_sample": not sampling.is_greedy}
-    if not sampling.is_greedy:
-        arguments |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
     synchronize(model.device)
     start = time.perf_counter()
-    how = (min(slots, count), new_tokens, None, None, SHARED, None, arguments, draw)
-    with torch.inference_mode(False), torch.no_grad():
-        results, _ = run_many(model, model._engine, [prompt_ids] * count, *how)
+    results = model.generate_many([prompt_ids] * count, min(slots, count), new_tokens, sampling=sampling)
     synchronize(model.device)
     seconds = time.perf_counter() - start
     failed = next((result.error for result in results if result.error is not None), None)
