@@ -358,8 +358,8 @@ def test_what_is_on_disk_is_not_repeated(tiny, inputs, tmp_path, monkeypatch, ca
         plain(self, setting, prompt, run, *rest)
 
     monkeypatch.setattr(Store, "write", write)
-    with pytest.raises(KeyboardInterrupt):
-        main(asked)
+    assert main(asked) == 130
+    assert "the same command goes on" in capsys.readouterr().err
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
     assert len(files) == 5
     assert not (tmp_path / "aggregation" / "tiny_temp.csv").exists()
