@@ -270,7 +270,7 @@ def test_what_has_an_effect_or_cannot_run_says_so_too(swept):
     assert short["effect"] == "skipped" and short["runs"] == "0" and "and the context 8" in short["reason"]
     log = (swept / "outputs" / "tiny_split" / "outputs_log" / "one_split_run1.log").read_text()
     assert "-np 0.1 is read as 0 by llama.cpp, and 1 runs" in log and "drafted tokens accepted" in log
-    assert "2 sequences, 1 at a time" in log
+    assert "2 sequences, 1 at a time" in log and "assisted by a draft, constant K of 5, up to 4 branches" in log
 
 
 def test_each_sequence_has_draws_of_its_own(swept, tiny):
@@ -358,8 +358,8 @@ def test_what_is_on_disk_is_not_repeated(tiny, inputs, tmp_path, monkeypatch, ca
         plain(self, setting, prompt, run, *rest)
 
     monkeypatch.setattr(Store, "write", write)
-    with pytest.raises(KeyboardInterrupt):
-        main(asked)
+    assert main(asked) == 130
+    assert "the same command goes on" in capsys.readouterr().err
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
     assert len(files) == 5
     assert not (tmp_path / "aggregation" / "tiny_temp.csv").exists()

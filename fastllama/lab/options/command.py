@@ -1,6 +1,7 @@
 """python -m fastllama.lab options: llama.cpp's options over prompt files, every text beside the default's."""
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from fastllama.lab.options import means, prompts, summary, table
 from fastllama.lab.options.store import Store
 from fastllama.lab.options.subject import Source, Subject, draft_of, find
 from fastllama.lab.options.sweep import Plan, Sweep
+from fastllama.lab.records.sources import source_sha256
 from fastllama.model.config import require_allowed
 
 SEED, NEW_TOKENS, RUNS = 987654321, 128, 3
@@ -89,7 +91,7 @@ def _load(planned: Plan) -> tuple[Subject, object]:
 
 
 def run(given: argparse.Namespace) -> int:
-    """Sweep, write and print; the exit code."""
+    """Sweep, write and print; the exit code: 130 after Ctrl-C."""
     logging.disable_progress_bar()  # one bar at a time
     planned, console = plan(given), Console()
     if not console.is_terminal:
@@ -115,8 +117,13 @@ def run(given: argparse.Namespace) -> int:
         )
     if demo.is_random(given.model):
         console.print(f"{given.model} has random weights, which say nothing about texts", highlight=False)
-    with progress(max(sweep.missing, 1)) as begin:
-        rows = sweep.run(begin, lambda option, own: store.write_csv(option, own))
+    source = source_sha256()  # before the run: it may be edited meanwhile
+    try:
+        with progress(max(sweep.missing, 1)) as begin:
+            rows = sweep.run(begin, lambda option, own: store.write_csv(option, own))
+    except KeyboardInterrupt:
+        print(f"interrupted; what was run is kept in {store.out}, and the same command goes on", file=sys.stderr)
+        return 130
     mean = means.means(rows)
     combined = f"_{given.combine}" if given.combine != "1" else ""
     path = store.write_csv(f"means{combined}", mean)
@@ -124,5 +131,5 @@ def run(given: argparse.Namespace) -> int:
     console.print(means.printed(title, mean))
     console.print(f"written to {store.out / 'outputs'} and {path.parent}", highlight=False, soft_wrap=True)
     if given.json is not None:
-        summary.write(Path(given.json), planned, mean, environment)
+        summary.write(Path(given.json), planned, mean, source, environment)
     return 0

@@ -34,8 +34,6 @@ _NOT_VANILLA = {
     "sequences": "only the fast path runs several sequences in turns",
     "p_split": "only the fast path has drafts that split",
 }
-_NKVO = "keys and values lie with the weights: a cache on the CPU beside weights on an accelerator is not offered"
-_HAS_CACHE_DEVICE = "cache_device" in FastConfig.__dataclass_fields__
 
 
 @dataclass(frozen=True)
@@ -133,8 +131,6 @@ class Subject:
             name = next((name for name in setting.given if name in _NOT_VANILLA), None)
             if name is not None:
                 return f"{flags.SPELLING[name]} is for the fast path, which covers Llama only: {_NOT_VANILLA[name]}"
-        elif values["no_kv_offload"] and self.model.device.type != "cpu" and not _HAS_CACHE_DEVICE:
-            return _NKVO
         if "p_split" in setting.given and self.draft is None:
             return f"{flags.SPELLING['p_split']} needs a draft, and {self.source.name} has none: give --draft"
         splits = any(name in setting.given for name in flags.SPLIT)
@@ -158,7 +154,7 @@ class Subject:
                 products="stock" if self.compile == "no" else "auto",
                 context_shift=shifts,
                 **{name: values[name] for name in flags.SWITCHES},
-                **({"cache_device": "cpu"} if values["no_kv_offload"] and _HAS_CACHE_DEVICE else {}),
+                **({"cache_device": "cpu"} if values["no_kv_offload"] else {}),
             )
             with explained(f"{self.source.name}, a cache of {rows} x {self.context(values)}"):
                 self.model.preallocate(rows, self.context(values), config)

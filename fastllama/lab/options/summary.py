@@ -8,7 +8,7 @@ import torch
 from fastllama.lab.options import means
 from fastllama.lab.options.aggregate import NONE
 from fastllama.lab.records import changes, words
-from fastllama.lab.records.sources import ROOT, source_sha256
+from fastllama.lab.records.sources import ROOT
 
 FOLDER = f"{words.LOGS}/options"
 NONE_YET = "No sweep is kept yet: `python -m fastllama.lab options --json FILE`.\n"
@@ -34,8 +34,8 @@ _HEADS = [
 _RIGHT = tuple(_HEADS[3:7])
 
 
-def content(plan, mean: list[dict], environment: Callable[[torch.device], dict]) -> dict:
-    """JSON-ready."""
+def content(plan, mean: list[dict], source: str, environment: Callable[[torch.device], dict]) -> dict:
+    """JSON-ready. `source`: the hash of the sources that ran."""
     return {
         "model": plan.source.path_word,
         "dtype": plan.dtype,
@@ -47,15 +47,15 @@ def content(plan, mean: list[dict], environment: Callable[[torch.device], dict])
         "compile": plan.compile,
         "runs": plan.runs,
         "defaults": plan.defaults,
-        "source_sha256": source_sha256(),
+        "source_sha256": source,
         "environment": environment(torch.device(plan.device)),
         "means": [{name: row[name] for name in _KEPT if name in row} for row in mean],
     }
 
 
-def write(path: Path, plan, mean: list[dict], environment: Callable[[torch.device], dict]) -> None:
+def write(path: Path, plan, mean: list[dict], source: str, environment: Callable[[torch.device], dict]) -> None:
     """Raises `OSError` where there is no folder for it."""
-    words.dump_json(path, content(plan, mean, environment))
+    words.dump_json(path, content(plan, mean, source, environment))
 
 
 def _row(row: dict) -> list[str]:

@@ -128,18 +128,20 @@ class Sweep:
             if record is not None:
                 continue
             begin(f"{prompt.name}, {setting.name}, run {run}")
-            text, said = self._text(setting, values, prompt_ids)
+            text, path, said = self._text(setting, values, prompt_ids)
             served = self._sequences(setting, values, prompt_ids)
             said = [*notes(setting, values, subject), *said]
-            kept[run - 1] = self._keep(setting, prompt, run, prompt_ids, text, served, said)
+            kept[run - 1] = self._keep(setting, prompt, run, prompt_ids, text, served, path, said)
         return None
 
-    def _text(self, setting: Setting, values: dict, prompt_ids: list[int]) -> tuple[loop.Drawn, list[str]]:
+    def _text(self, setting: Setting, values: dict, prompt_ids: list[int]) -> tuple[loop.Drawn, str, list[str]]:
+        """(the text, which code ran, what else is to be said)."""
         sampling = flags.sampling(values, self.plan.seed)
         if "p_split" not in setting.given:
-            return loop.run(self.subject, prompt_ids, sampling, self.plan.new_tokens), []
+            drawn = loop.run(self.subject, prompt_ids, sampling, self.plan.new_tokens)
+            return drawn, self.subject.path, []
         drawn, said = split.assisted(self.subject, prompt_ids, sampling, self.plan.new_tokens, values["p_split"])
-        return drawn, [said]
+        return drawn, self.subject.model.path, [said]
 
     def _sequences(self, setting: Setting, values: dict, prompt_ids: list[int]) -> split.Sequences | None:
         if not {"parallel", "sequences"} & setting.given.keys():
@@ -152,9 +154,9 @@ class Sweep:
             self.subject.reserve(values, False)
         return served
 
-    def _keep(self, setting, prompt, run: int, prompt_ids: list[int], text, served, said: list[str]) -> dict:
+    def _keep(self, setting, prompt, run: int, prompt_ids: list[int], text, served, path: str, said: list[str]) -> dict:
         """Writes a run; its record."""
-        asked, path = self.plan.asked(setting, prompt), self.subject.path
+        asked = self.plan.asked(setting, prompt)
         record = {
             "asked": asked,
             "run": run,
