@@ -337,6 +337,7 @@ def step_on(inputs, keys, values, formats, mask, valid_past_index, dim):
         valid_past_index,
         inputs["cos"],
         inputs["sin"],
+        None,
         [HEADS, KV_HEADS, dim],
         [0.3, *[1e-5] * len(inputs["norms"])],
     )
