@@ -32,7 +32,7 @@ _FIRST_USE = 50_000_000  # bytes of tokenizer, text, threads and what libraries 
 _LOGITS = 3  # fp32 copies of one position's logits that choosing a token takes
 # Tokens of the demo's prompts by which the base is measured: of one, loading is the peak; of the other, the prompt.
 _SHORT, _LONG = 64, 8191
-_CHUNK = 512  # of the long one
+_CHUNK = 512  # of the long one, where the point does not say
 _bases: dict[tuple[str, str], "Base"] = {}
 
 
@@ -99,7 +99,7 @@ def measured_base(point: Point, name: str) -> Base:
     if torch.device(point.device).type != "cpu":
         return Base(0, 0)
     kept = {field: value for field, value in point.switches.items() if field in ("compile", "products")}
-    kept["prefill_chunk"] = _CHUNK
+    kept["prefill_chunk"] = point.prefill_chunk or _CHUNK
     alone = {"cache_length": None, "assistance": Assistance()}
     demo = replace(point, model="demo", switches=kept, runs=1, warmup=0, **alone)
     key = (replace(demo, workload=Workload(1, _SHORT, 1)).command(), name)
