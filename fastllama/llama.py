@@ -12,7 +12,7 @@ from fastllama.decode.assisted.call import assisted_call
 from fastllama.decode.assisted.companions import Companions
 from fastllama.decode.assisted.report import Assisted
 from fastllama.decode.assisted.support import ASKED, own_arguments
-from fastllama.decode.context.choose import positions_used, require_unassisted
+from fastllama.decode.context.choose import positions_used, require_unmoved
 from fastllama.decode.engine import Engine
 from fastllama.decode.loop import sample_loop
 from fastllama.decode.many.call import SHARED, run_many
@@ -269,7 +269,8 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         sampling_call.begin(logits_processor, input_ids, model_kwargs.get("attention_mask"))
         how = (logits_processor, stopping_criteria, generation_config)
         draft = assistant_model if generation_config.prompt_lookup_num_tokens is None else None
-        require_unassisted(self._engine.config, *_config_of(draft))
+        for config in (self._engine.config, *_config_of(draft)):
+            require_unmoved(config, "assisted generation, which takes tokens back that may have moved")
         obstacle = "past_key_values are given" if _given_cache.get() else None
         obstacle = obstacle or model_obstacle(self)
         obstacle = obstacle or call_obstacle(self, generation_config, synced_gpus, model_kwargs)

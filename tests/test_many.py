@@ -208,6 +208,38 @@ def test_a_seeded_text_is_its_own_whatever_runs_beside_it(models, name, slots):
     assert hashes(ids_of(results)) == hashes(expected)
 
 
+@pytest.mark.parametrize("order", [[0.0, 100.0], [100.0, 0.0]])
+def test_cold_rows_take_the_best_among_rows_that_draw(models, order):
+    vanilla, ours = models
+    ours.free()
+    torch.manual_seed(0)
+    sampling = fastllama.Sampling(temperature=order * 5)  # no seed: torch's generator
+    results = ids_of(ours.generate_many(PROMPTS, slots=4, max_new_tokens=LIMITS, sampling=sampling))
+    same = [found == tuple(best) for found, best in zip(results, all_alone(vanilla), strict=True)]
+    long = [row for row, limit in enumerate(LIMITS) if limit > 3]
+    assert all(same[row] for row in range(10) if order[row % 2] == 0)
+    assert not any(same[row] for row in long if order[row % 2] > 0)
+
+
+def test_options_by_prompt_reach_their_own_rows(models):
+    vanilla, ours = models
+    ours.free()
+    torch.manual_seed(0)
+    sampling = fastllama.Sampling(temperature=100.0, top_k=[1, 0] * 5)
+    results = ids_of(ours.generate_many(PROMPTS, slots=4, max_new_tokens=LIMITS, sampling=sampling))
+    same = [found == tuple(best) for found, best in zip(results, all_alone(vanilla), strict=True)]
+    assert all(same[::2]) and not any(same[row] for row in (5, 7, 9))
+
+
+@pytest.mark.parametrize("switches", [{"context_shift": True}, {"grp_attn_n": 2, "grp_attn_w": 16}])
+def test_a_context_that_moves_is_refused(models, switches):
+    ours = models[1]
+    ours.preallocate(2, POSITIONS, **switches)
+    with pytest.raises(ValueError, match=f"{next(iter(switches))}=.* cannot be honoured in generate_many"):
+        ours.generate_many(PROMPTS, max_new_tokens=4)
+    ours.free()
+
+
 def test_sampling_is_for_as_many_prompts_as_there_are(models):
     with pytest.raises(ValueError, match="options for 2 rows, and there are 10 prompts"):
         models[1].generate_many(PROMPTS, max_new_tokens=4, sampling=fastllama.Sampling(top_k=[1, 2]))

@@ -55,12 +55,6 @@ class FloatCache:
         """Keys and values [rows, K, used, D] of a layer."""
         return self.keys[layer][:rows, :, :used], self.values[layer][:rows, :, :used]
 
-    def move(self, row: int, sources: list[int], start: int) -> None:
-        """Copies a row's positions `sources` to start, start + 1, ...; they may overlap."""
-        index = torch.tensor(sources, device=self.shape.device)
-        for storage in self.storages:
-            storage[row, :, start : start + len(sources)] = storage[row].index_select(1, index)
-
     def grown(self, shape: CacheShape) -> "FloatCache":
         """A larger cache that holds what this one holds."""
         larger = FloatCache(shape)

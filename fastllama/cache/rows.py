@@ -26,17 +26,20 @@ def part_of(cache: FloatCache | SmallCache, first: int, count: int) -> FloatCach
     return part
 
 
-def _storages(cache: FloatCache | SmallCache) -> list[torch.Tensor]:
-    return cache.storages if isinstance(cache, SmallCache) else [*cache.keys, *cache.values]
-
-
 def copy_row(cache: FloatCache | SmallCache, source: int, target: int, positions: int) -> None:
     """Copies keys and values of the first `positions` of one row to another; write positions stay as they are."""
-    for storage in _storages(cache):
+    for storage in cache.storages:
         storage[target, :, :positions] = storage[source, :, :positions]
+
+
+def gather_positions(cache: FloatCache | SmallCache, row: int, sources: list[int], start: int) -> None:
+    """Copies a row's positions `sources` to start, start + 1, ...; they may overlap."""
+    index = torch.tensor(sources, device=cache.shape.device)
+    for storage in cache.storages:
+        storage[row, :, start : start + len(sources)] = storage[row].index_select(1, index)
 
 
 def clear_row(cache: FloatCache | SmallCache, row: int, first: int, end: int) -> None:
     """Zeroes positions first .. end - 1 of a row: an overflow left there would reach later prompts through 0 x NaN."""
-    for storage in _storages(cache):
+    for storage in cache.storages:
         storage[row, :, first:end] = 0

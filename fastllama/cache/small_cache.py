@@ -104,12 +104,6 @@ class SmallCache:
         """Keys and values [rows, K, used, D] of a layer, in the model's dtype."""
         return tuple(side.floats(layer, rows, used, self.shape.dtype) for side in (self.keys, self.values))
 
-    def move(self, row: int, sources: list[int], start: int) -> None:
-        """Copies a row's positions `sources` to start, start + 1, ...; they may overlap."""
-        index = torch.tensor(sources, device=self.shape.device)
-        for storage in self.storages:
-            storage[row, :, start : start + len(sources)] = storage[row].index_select(1, index)
-
     def grown(self, shape: CacheShape) -> "SmallCache":
         """A larger cache that holds what this one holds."""
         larger = SmallCache(shape, self.obstacle)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastllama.cache.budget import require
+from fastllama.cache.rows import gather_positions
 from fastllama.decode.binding import chooser, require_weights
 from fastllama.decode.chunks import automatic_chunk
 from fastllama.decode.context.choose import positions_needed, require_context
@@ -241,7 +242,7 @@ class Engine(Reserved):
     def keep_branch(self, row: int, start: int, places: list[int]) -> None:
         """Moves a branch of a tree that began at `start` of the row to its beginning: what lies at start + places."""
         if places != list(range(len(places))):
-            self.cache.move(row, [start + place for place in places], start)
+            gather_positions(self.cache, row, [start + place for place in places], start)
 
     def widest(self) -> int | None:
         """Tokens of a row that the native step takes at once; None where it does not run."""

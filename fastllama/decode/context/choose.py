@@ -28,15 +28,11 @@ def require_context(model: nn.Module, config: FastConfig) -> None:
         )
 
 
-def require_unassisted(*configs: FastConfig) -> None:
-    """Raises `ValueError` where assisted generation meets a context that moves."""
-    for config in configs:
-        name = "context_shift" if shifts(config) else "grp_attn_n" if config.grp_attn_n > 1 else None
-        if name is not None:
-            raise ValueError(
-                f"{name}={getattr(config, name)} cannot be honoured in assisted generation, which takes tokens back "
-                "that may have moved: call preallocate() without it, or generate without assistance"
-            )
+def require_unmoved(config: FastConfig, where: str) -> None:
+    """Raises `ValueError` where a context that moves is asked for, and `where`, in words, cannot have it."""
+    name = "context_shift" if shifts(config) else "grp_attn_n" if config.grp_attn_n > 1 else None
+    if name is not None:
+        raise ValueError(f"{name}={getattr(config, name)} cannot be honoured in {where}: call preallocate() without it")
 
 
 def context_for(model: nn.Module, config: FastConfig, shape: CacheShape) -> ContextShift | SelfExtend | None:

@@ -5,6 +5,7 @@ from numbers import Integral
 
 from torch import nn
 
+from fastllama.decode.context.choose import require_unmoved
 from fastllama.decode.engine import Engine
 from fastllama.decode.many import prompts as reading
 from fastllama.decode.many.chooser import Chooser
@@ -29,10 +30,12 @@ def _require(name: str, value, least: int) -> None:
         raise ValueError(f"{name}={value!r} is not allowed; allowed: None or an integer >= {least}")
 
 
-def _require_model(model: nn.Module) -> None:
+def _require_model(model: nn.Module, cache_device: str | None) -> None:
     obstacle = model_obstacle(model)
     if obstacle is None and is_stateful(model.model.rotary_emb):
         obstacle = f"rope_type {model.model.rotary_emb.rope_type!r} depends on the longest position of all rows"
+    if obstacle is None and model.device.type != "cpu" and cache_device is not None:
+        obstacle = f"cache_device is {cache_device!r} and the model is on {model.device}"
     if obstacle is not None:
         raise ValueError(f"generate_many cannot run: {obstacle}")
 
@@ -57,7 +60,8 @@ def run_many(
     for name, value, least in (("slots", slots, 1), ("chunk", chunk, 16), ("shared_prefix", shared_prefix, 1)):
         _require(name, value, least)
     limits = reading.limits(max_new_tokens, len(prompts))
-    _require_model(model)
+    _require_model(model, engine.config.cache_device)
+    require_unmoved(engine.config, "generate_many, whose rows move at different times")
     if not prompts:
         return [], "no prompt was given"
     asked = Asked(model, generation_config, arguments, limits, sampling)

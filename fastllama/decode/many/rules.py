@@ -22,12 +22,12 @@ _NEVER += ("past_key_values", "custom_generate", "synced_gpus", "token_healing")
 class Rules(NamedTuple):
     """What the parent made of a call's arguments for one prompt.
 
-    `criteria` are those beside a length and an end of text. `most_new`: the limit of the row. `by_ids`: whether a
-    processor looks at more than the scores.
+    `criteria` are those beside a length and an end of text. `most_new`: the limit of the row. `by_row`: whether a
+    processor looks at more than the scores, or is this row's alone.
     """
 
     processors: list
-    by_ids: bool
+    by_row: bool
     do_sample: bool
     eos: frozenset[int]
     criteria: tuple
@@ -61,7 +61,7 @@ class Asked:
         most = max((limit for limit in limits if limit is not None), default=None)
         self._probe = self._of(0, [0], most)
         # What looks at neither ids nor lengths is the same for all prompts.
-        self._alike = sampling is None and most is not None and not self._probe.criteria and not self._probe.by_ids
+        self._alike = sampling is None and most is not None and not self._probe.criteria and not self._probe.by_row
 
     def rules(self, index: int, ids: list[int], most_new: int | None) -> Rules:
         """Of a prompt. `most_new` None: as the generation config says. `ValueError` where the parent refuses it."""
@@ -114,7 +114,7 @@ class Asked:
         processing = Processing(found["processors"], self.model.device)
         return Rules(
             found["processors"],
-            len(processing.warpers) != len(processing.all),
+            self.sampling is not None or len(processing.warpers) != len(processing.all),
             bool(found["config"].do_sample),
             frozenset(eos),
             tuple(others),
