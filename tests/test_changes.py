@@ -163,12 +163,15 @@ def test_words_are_shown_as_words(tmp_path):
     table = {"source": "a log", "machine": "m", "model": "n", "workload": "w", "note": "o", "rows": [row]}
     words.dump_json(tmp_path / "tb_logs" / "cited.json", [table])
     words.dump_json(tmp_path / "tb_logs" / "unmeasured.json", [{"what": "GPU", "command": "python run_llama.py"}])
+    tried = {"what": "a way", "expected": "faster.", "found": "slower | by far."}
+    words.dump_json(tmp_path / "tb_logs" / "tried.json", [tried])
     text = changes.render([], tmp_path)
+    assert "- **a way.** Expected: faster. Found: slower \\| by far.\n" in text
     assert "### a log\n" in text and "| none | no | 23.150 | 14776.09 | 0d6aa042 |" in text
     assert "## Not yet measured\n\n- GPU:\n\n      python run_llama.py\n" in text
 
 
-@pytest.mark.parametrize("name", ["cited", "unmeasured", "predictions"])
+@pytest.mark.parametrize("name", ["cited", "tried", "unmeasured", "predictions"])
 @pytest.mark.parametrize("content", ["", "7", '[{"what": 1}]', '{"a": 1}', "[3]"])
 def test_bad_words_are_refused_by_name(tmp_path, name, content):
     (tmp_path / "tb_logs").mkdir()

@@ -135,6 +135,16 @@ def _cited(root: Path) -> str:
     return "".join(parts)
 
 
+def _tried(root: Path) -> str:
+    entries = words.tried(root)
+    heads = ["tried", "expected", "found"]
+    return (
+        table("Tried and left", heads, [[one["what"], one["expected"], one["found"]] for one in entries])
+        if entries
+        else ""
+    )
+
+
 def _unmeasured(root: Path) -> str:
     entries = words.unmeasured(root)
     items = (f"<li>{escape(each['what'])}<pre>{escape(each['command'])}</pre></li>" for each in entries)
@@ -156,6 +166,7 @@ def render(records: list[dict], root: Path = ROOT) -> str:
         ("sweeps", "Sweeps", "".join(map(_sweep, sweeps))),
         ("log", "The log", _log(records)),
         ("cited", "Cited, not measured here", _cited(root)),
+        ("tried", "Tried and left", _tried(root)),
         ("unmeasured", "Not yet measured", _unmeasured(root)),
     ]
     last = (

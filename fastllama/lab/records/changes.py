@@ -218,6 +218,13 @@ def _cited(tables: list[dict]) -> str:
     return "\n".join(parts)
 
 
+def _tried(entries: list[dict]) -> str:
+    lines = [
+        f"- **{cell(one['what'])}.** Expected: {cell(one['expected'])} Found: {cell(one['found'])}" for one in entries
+    ]
+    return "## Tried and left\n\nBy hand, without a record.\n\n" + "\n".join(lines) + "\n"
+
+
 def _unmeasured(entries: list[dict]) -> str:
     lines = [f"- {cell(entry['what'])}:\n\n      {' '.join(entry['command'].split())}\n" for entry in entries]
     return "## Not yet measured\n\n" + "\n".join(lines)
@@ -233,6 +240,8 @@ def render(records: list[dict], root: Path = ROOT) -> str:
         parts.append("No record yet.\n")
     if cited := words.cited(root):
         parts.append(_cited(cited))
+    if tried := words.tried(root):
+        parts.append(_tried(tried))
     if unmeasured := words.unmeasured(root):
         parts.append(_unmeasured(unmeasured))
     parts.append(_FOOTER)

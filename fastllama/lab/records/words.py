@@ -2,6 +2,7 @@
 
 tb_logs/cited.json        rows of others' logs, named with their source and never compared with ours
 tb_logs/unmeasured.json   what is not yet measured, one command a line
+tb_logs/tried.json        what was tried and left before it was worth a record
 tb_logs/predictions.json  what was expected of a change, committed before it was measured
 """
 
@@ -19,6 +20,7 @@ PREDICTIONS = f"{LOGS}/predictions.json"
 _CITED = {"source": str, "machine": str, "model": str, "workload": str, "note": str, "rows": list}
 _CITED_ROW = {"what": str, "compile": str, "tok_per_s": float, "max_mem_mb": float, "hash": str}
 _UNMEASURED = {"what": str, "command": str}
+_TRIED = {"what": str, "expected": str, "found": str}
 
 
 def load_json(path: Path):
@@ -74,6 +76,12 @@ def unmeasured(root: Path = ROOT) -> list[dict]:
     """What is not yet measured: {"what", "command"} each."""
     path = Path(root) / LOGS / "unmeasured.json"
     return _rows(path, load_json(path), _UNMEASURED) if path.exists() else []
+
+
+def tried(root: Path = ROOT) -> list[dict]:
+    """What was tried and left: {"what", "expected", "found"} each."""
+    path = Path(root) / LOGS / "tried.json"
+    return _rows(path, load_json(path), _TRIED) if path.exists() else []
 
 
 def _checked(path, predictions) -> dict[str, str]:
