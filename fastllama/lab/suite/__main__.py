@@ -20,7 +20,7 @@ from fastllama.lab.measuring import environment
 from fastllama.lab.measuring.progress import progress
 from fastllama.lab.points import figures
 from fastllama.lab.records import git, record
-from fastllama.lab.records.sources import ROOT
+from fastllama.lab.records.sources import ROOT, require_clone
 from fastllama.lab.suite import suite_file
 from fastllama.lab.suite.line import Line, Measured, judge
 from fastllama.lab.suite.suite_lines import LINES
@@ -192,6 +192,8 @@ def _run(options: argparse.Namespace, root: Path) -> int:
         return 0
     if options.device == "gpu" and not torch.cuda.is_available():
         raise ValueError("this machine has no GPU that torch can use: run the suite with cpu")
+    if root == ROOT:
+        require_clone(root, "the suite's figures are kept")
     from transformers.utils import logging
 
     logging.disable_progress_bar()
