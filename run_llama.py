@@ -225,7 +225,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 # What a file of prompts and a task of examples have no use for: they bring their own sizes and their own output.
-_MEASURED = (
+_MEASURED: tuple[str, ...] = (
     "batch_size",
     "prompt_length",
     "prompt_file",

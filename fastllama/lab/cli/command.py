@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(argv)
     except SystemExit as end:
-        return end.code or 0
+        return end.code if isinstance(end.code, int) else 0
     except KeyboardInterrupt:
         _say("")
         return 130

@@ -58,7 +58,8 @@ def choose(lines: tuple[Line, ...], quick: bool = False, only: list[str] | None 
     if unknown:
         raise ValueError(f"there is no {'quick ' if quick else ''}line {unknown[0]!r}; there are {', '.join(known)}")
     chosen = [line for line in lines if line.name in (only or known)]
-    return [(line, replace(line.case_of(quick), **({"runs": runs} if runs else {}))) for line in chosen]
+    cases = [(line, line.case_of(quick)) for line in chosen]
+    return [(line, replace(case, runs=runs or case.runs)) for line, case in cases]
 
 
 def _state(commit: str | None, root: Path) -> tuple[str | None, str]:
