@@ -13,7 +13,7 @@ TEST = [
     "scipy>=1.13",
     "ruff>=0.9",
 ]
-TEST += ["selenium>=4.51"]
+TEST += ["selenium>=4.51", "mypy>=2"]
 
 HERE = Path(__file__).parent
 # Read and not imported: torch need not be there yet.

@@ -16,7 +16,8 @@ _SUFFIXES_1 = (".py", ".safetensors", ".json", ".txt")
 
 def require_clone(root: Path, kept: str = "records are kept") -> None:
     """ValueError, one sentence, where `root` is no tree of the repository but, say, where a package is installed."""
-    for name in _TOP_LEVEL:
+    # With git at hand a file that was removed is a change, and whoever asks about changes will say so.
+    for name in _TOP_LEVEL[:1] if (Path(root) / ".git").exists() else _TOP_LEVEL:
         if not (Path(root) / name).is_file():
             raise ValueError(f"{kept} in a clone of the repository, and {root} is not one (it has no {name})")
 
