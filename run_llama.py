@@ -24,7 +24,9 @@ SAMPLER_FLAGS = (
     "--no-repeat-ngram-size",
 )
 
-LOGS = Path(__file__).resolve().parent / "tb_logs"
+_HERE = Path(__file__).resolve().parent
+# A clone has a log of its own; an installed copy keeps what it measures in the current folder.
+LOGS = (_HERE if (_HERE / "setup.py").is_file() else Path()) / "tb_logs"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -223,7 +225,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 # What a file of prompts and a task of examples have no use for: they bring their own sizes and their own output.
-_MEASURED = (
+_MEASURED: tuple[str, ...] = (
     "batch_size",
     "prompt_length",
     "prompt_file",

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -12,18 +13,24 @@ TEST = [
     "scipy>=1.13",
     "ruff>=0.9",
 ]
-TEST += ["selenium>=4.51"]
+TEST += ["selenium>=4.51", "mypy>=2"]
+
+HERE = Path(__file__).parent
+# Read and not imported: torch need not be there yet.
+(VERSION,) = re.findall(r'^__version__ = "(.+)"$', (HERE / "fastllama/__init__.py").read_text(encoding="utf-8"), re.M)
 
 setup(
     name="fastllama",
-    version="0.1.0",
+    version=VERSION,
     description="A drop-in LlamaForCausalLM that generates the same tokens faster, and the laboratory that proves it",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["fastllama", "fastllama.*"]),
+    py_modules=["run_llama"],
     package_data={
+        "fastllama": ["py.typed"],
         "fastllama.kernels": ["native_code/*"],
         "fastllama.lab": ["sweeps/*.toml"],
         "fastllama.lab.options": ["table.txt", "inputs/*.txt"],

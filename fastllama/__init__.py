@@ -7,4 +7,5 @@ from fastllama.llama import LlamaForCausalLM
 from fastllama.model.config import FastConfig
 from fastllama.registration import register, unregister
 
+__version__ = "0.1.0"
 __all__ = ["FastConfig", "Generated", "LlamaForCausalLM", "Sampling", "SamplingProcessor", "register", "unregister"]

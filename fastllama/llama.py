@@ -1,10 +1,14 @@
 """LlamaForCausalLM: transformers' class, generating from a preallocated cache."""
 
 import functools
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
+from typing import Any, TypeVar, cast
 
 import torch
 import transformers
+from transformers import GenerationConfig, LlamaConfig
+from transformers.generation.utils import GenerateOutput
 from transformers.utils import logging
 
 from fastllama.decode import own_loop
@@ -33,7 +37,23 @@ _given_cache: ContextVar[bool] = ContextVar("given_cache", default=False)
 _asked: ContextVar[dict | None] = ContextVar("asked", default=None)
 
 
-def _on_ordinary_tensors(method):
+_Method = TypeVar("_Method", bound=Callable)
+_Model = TypeVar("_Model", bound="LlamaForCausalLM")
+
+
+def _like(parents: Any) -> Callable[[_Method], _Method]:
+    """functools.wraps that puts the method's own docstring first; a type checker still sees the method's arguments."""
+
+    def wrap(method: _Method) -> _Method:
+        own = method.__doc__
+        made = functools.wraps(parents)(method)
+        made.__doc__ = own if parents.__doc__ is None or own is None else f"{own}\n{parents.__doc__}"
+        return cast(_Method, made)
+
+    return wrap
+
+
+def _on_ordinary_tensors(method: _Method) -> _Method:
     """Runs a method without gradients and outside inference mode, which compiled code would take for another world."""
 
     @functools.wraps(method)
@@ -41,7 +61,7 @@ def _on_ordinary_tensors(method):
         with torch.inference_mode(False), torch.no_grad():
             return method(*args, **kwargs)
 
-    return run
+    return cast(_Method, run)
 
 
 class LlamaForCausalLM(transformers.LlamaForCausalLM):
@@ -52,17 +72,17 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
     `generate(sampling=Sampling(...))` it draws by llama.cpp's options, in transformers' order or in llama.cpp's.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: LlamaConfig):
         super().__init__(config)
         self._engine = Engine()
         self._companions = Companions()
-        self._path = "no call yet"
-        self._assisted = None
+        self._path: str | None = "no call yet"
+        self._assisted: Assisted | None = None
 
     @classmethod
-    @functools.wraps(transformers.LlamaForCausalLM.from_pretrained.__func__)
-    def from_pretrained(cls, *args, fast: FastConfig | None = None, **kwargs):
-        """The parent's; `fast` is how the model generates where `preallocate` is not told otherwise.
+    @_like(transformers.LlamaForCausalLM.from_pretrained.__func__)  # type: ignore[attr-defined]  # it has one
+    def from_pretrained(cls: type[_Model], *args: Any, fast: FastConfig | None = None, **kwargs: Any) -> _Model:
+        """The parent's, whose words follow; `fast` is how it generates where `preallocate` is not told otherwise.
 
         `fast.weights` quantises the weights while they are loaded, one tensor at a time. Raises `ValueError` for
         weights that cannot be held so.
@@ -87,7 +107,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         cache_length: int | None = None,
         config: FastConfig | None = None,
         memory: int | str | None = None,
-        **switches,
+        **switches: Any,
     ) -> int:
         """Reserves, compiles and warms up now; returns the bytes that the reservation takes.
 
@@ -127,7 +147,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
     @property
     def path(self) -> str:
         """Which path the last generation took."""
-        return self._path
+        return self._path or "in progress"
 
     @property
     def assisted(self) -> Assisted | None:
@@ -156,8 +176,15 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
 
     # generation
 
-    @functools.wraps(transformers.LlamaForCausalLM.generate)
-    def generate(self, *args, sampling: Sampling | None = None, **kwargs):
+    @_like(transformers.LlamaForCausalLM.generate)
+    def generate(
+        self, *args: Any, sampling: Sampling | None = None, **kwargs: Any
+    ) -> GenerateOutput | torch.LongTensor:
+        """The parent's, whose words follow: token ids [B, T], prompts and new ones, or its output class.
+
+        `sampling` draws by llama.cpp's options, greedily at temperature 0. Raises `ValueError` for options by row that
+        are for another number of rows, or that do not go with other arguments. `path` says afterwards what ran.
+        """
         if sampling is not None:
             args, kwargs = (), sampling_call.arguments(self, sampling, args, kwargs)
         self._path = self._assisted = None
@@ -177,15 +204,15 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
     @_on_ordinary_tensors
     def generate_many(
         self,
-        prompts,
+        prompts: Iterable[Sequence[int] | torch.Tensor],
         slots: int | None = None,
-        max_new_tokens=None,
-        generation_config=None,
+        max_new_tokens: int | Sequence[int | None] | None = None,
+        generation_config: GenerationConfig | None = None,
         chunk: int | None = None,
         shared_prefix: int | None = SHARED,
-        on_result=None,
+        on_result: Callable[[int, Generated], object] | None = None,
         sampling: Sampling | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> list[Generated]:
         """Generates for any number of prompts, `slots` at a time; a finished prompt's place is taken at once.
 
@@ -311,7 +338,10 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         self._engine.forget_weights()
         return super()._apply(fn, recurse)
 
-    def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
+    ) -> torch.nn.Embedding:
+        """The parent's. Raises `ValueError` for another size while the output matrix is held in few bits."""
         held = held_format(self)
         if held is not None and new_num_tokens not in (None, self.config.vocab_size):
             raise ValueError(
@@ -320,7 +350,8 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
             )
         return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
 
-    def load_state_dict(self, *args, **kwargs):
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The parent's; what was fused or packed of the old weights is let go first."""
         self._engine.forget_weights()
         return super().load_state_dict(*args, **kwargs)
 

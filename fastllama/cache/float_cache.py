@@ -3,6 +3,8 @@
 Legend: B batch, Q query tokens, S cache positions, K kv heads, D head dim.
 """
 
+from typing import Any
+
 import torch
 
 from fastllama.cache.budget import CacheShape, require
@@ -18,7 +20,7 @@ class FloatCache:
     def __init__(self, shape: CacheShape):
         require(shape.nbytes, shape.device, f"a cache of {shape.batch_size} x {shape.cache_length} positions")
         self.shape = shape
-        place = {"dtype": shape.dtype, "device": shape.device}
+        place: dict[str, Any] = {"dtype": shape.dtype, "device": shape.device}
         size = (shape.batch_size, shape.num_kv_heads, shape.reserved_length, shape.head_dim)
         # Zeros, not empty: a hidden position has weight 0 in attention, and 0 x NaN would be NaN.
         self.keys = [torch.zeros(size, **place) for _ in range(shape.num_layers)]

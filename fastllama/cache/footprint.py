@@ -17,7 +17,7 @@ def choices(shape: CacheShape) -> list[CacheShape]:
     """
     made, own = [], shape.dtype.itemsize
     for format in BY_QUALITY:
-        found = FORMATS.get(format)
+        found = None if format is None else FORMATS.get(format)
         in_blocks = found is not None and not found.is_float and format != "int8"
         if in_blocks and shape.head_dim % BLOCK:
             continue

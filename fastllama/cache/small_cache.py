@@ -102,7 +102,8 @@ class SmallCache:
 
     def floats(self, layer: int, rows: int, used: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [rows, K, used, D] of a layer, in the model's dtype."""
-        return tuple(side.floats(layer, rows, used, self.shape.dtype) for side in (self.keys, self.values))
+        keys, values = (side.floats(layer, rows, used, self.shape.dtype) for side in (self.keys, self.values))
+        return keys, values
 
     def grown(self, shape: CacheShape) -> "SmallCache":
         """A larger cache that holds what this one holds."""

@@ -25,8 +25,8 @@ class Choice:
         self.ids, self.processor, self.criteria, self.stop = input_ids, logits_processor, stopping_criteria, stop
         self.do_sample = generation_config.do_sample
         as_dict = generation_config.return_dict_in_generate
-        self.scores = [] if as_dict and generation_config.output_scores else None
-        self.raw_logits = [] if as_dict and generation_config.output_logits else None
+        self.scores: list[torch.Tensor] | None = [] if as_dict and generation_config.output_scores else None
+        self.raw_logits: list[torch.Tensor] | None = [] if as_dict and generation_config.output_logits else None
         pad_id = generation_config._pad_token_tensor
         self.pad_id = pad_id.to(input_ids.device) if pad_id is not None else None
         self.has_eos = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)

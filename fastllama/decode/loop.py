@@ -100,5 +100,6 @@ def copied_out(model: nn.Module, engine: Engine, prompt: Prompt, batch: int) -> 
                 out[row, :, where] = storage[row, :, :real]
                 out[row, :, width - new :] = storage[row, :, real:length]
             pair.append(out.to(model.device))
-        result.update(*pair, layer)
+        keys, values = pair
+        result.update(keys, values, layer)
     return result

@@ -1,7 +1,10 @@
 """Reserved: what a model's generation stands on - cache, weights, rotary table and step - kept together and current."""
 
 import threading
+from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import nn
 
 from fastllama.cache.budget import CacheShape
@@ -35,10 +38,10 @@ class Reserved:
         self.explicit = False
         self.cache: FloatCache | SmallCache | None = None
         self.rotary: RotaryTable | None = None
-        self.context = None  # what moves keys of a long text: context/
+        self.context: Any = None  # ContextShift or SelfExtend, what moves keys of a long text: context/
         self.binding = Binding(in_use=self.lock.locked)
         self.reallocations = 0
-        self._step = None
+        self._step: Callable[..., torch.Tensor] | None = None
         self._native: NativeStep | None = None
         self._native_obstacle: str | None = None
         self._addresses: tuple[int, ...] | None = None  # of the weights that captured graphs read

@@ -138,13 +138,13 @@ class InflatedBody(RandomBody):
             attention[3].zero_()
             mlp[2].zero_()
             return tensors
-        self._write_attention(*attention, prefix=f"{prefix}self_attn.")
-        self._write_mlp(*mlp, prefix=f"{prefix}mlp.")
+        self._write_attention(f"{prefix}self_attn.", *attention)
+        self._write_mlp(f"{prefix}mlp.", *mlp)
         self._write_norm(tensors, f"{prefix}input_layernorm.weight")
         self._write_norm(tensors, f"{prefix}post_attention_layernorm.weight")
         return tensors
 
-    def _write_attention(self, query, key, value, output, prefix: str) -> None:
+    def _write_attention(self, prefix: str, query, key, value, output) -> None:
         where, width = self._place, self._width
         demo = {name: self._demo[f"{prefix}{name}_proj.weight"] for name in "qkvo"}
         query[where.query_rows, :width] = (demo["q"] * self._query_scale).to(self.dtype)
@@ -157,7 +157,7 @@ class InflatedBody(RandomBody):
         output[:, where.read_columns] = 0
         output[:width, where.query_rows] = demo["o"].to(self.dtype)
 
-    def _write_mlp(self, gate, up, down, prefix: str) -> None:
+    def _write_mlp(self, prefix: str, gate, up, down) -> None:
         width, inner = self._width, self.demo_config.intermediate_size
         gate[:inner, :width] = self._demo[f"{prefix}gate_proj.weight"]
         # Rows of `up` beyond the demo's give zero, whatever their gate: columns of `down` that read them are free.

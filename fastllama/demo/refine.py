@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     target.free()
     before = agreement(target, draft, held_out)
     curve = refine(draft, target, texts, tokens, plan, args.work / "refined.pt")
-    draft.to(torch.bfloat16).save_pretrained(args.out / "draft")  # what is scored below is what is stored
+    draft.bfloat16().save_pretrained(args.out / "draft")  # what is scored below is what is stored
     draft.float()
 
     report = json.loads((args.out / "training.json").read_text())

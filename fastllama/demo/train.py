@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,7 +100,7 @@ def learning_rate_factor(recipe: Recipe, step: int) -> float:
     return recipe.knee_factor * (recipe.steps - step) / (recipe.steps - recipe.knee_step)
 
 
-def optimizers_for(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def optimizers_for(model: torch.nn.Module, recipe: Any) -> list[torch.optim.Optimizer]:
     """Muon for the hidden matrices, AdamW for embeddings and norms."""
     hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed_tokens" in n]
@@ -214,14 +215,15 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{len(documents)} documents, {len(tokens):,} training tokens, {len(held_out):,} held-out tokens", flush=True)
 
     started = time.monotonic()
-    models, curves = {}, {}
+    models: dict[str, transformers.LlamaForCausalLM] = {}
+    curves = {}
     for name, recipe in (("target", TARGET), ("draft", DRAFT)):
         model, curves[name] = train_model(
             recipe, tokens, args.work / f"{name}.pt", name, teacher=models.get("target") if name == "draft" else None
         )
         save_model(model, tokenizer, args.out / name)
         models[name] = model.float()
-    report = {
+    report: dict[str, Any] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

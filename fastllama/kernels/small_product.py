@@ -55,12 +55,14 @@ def quantise(weight: torch.Tensor, format: str) -> tuple[torch.Tensor, torch.Ten
     """
     rows, columns = weight.shape
     check(format, columns, f"a matrix of {rows} rows")
-    made = [torch.empty(shape, dtype=dtype, device=weight.device) for shape, dtype in shapes(format, rows, columns)]
+    quants, scales = made = [
+        torch.empty(shape, dtype=dtype, device=weight.device) for shape, dtype in shapes(format, rows, columns)
+    ]
     if weight.dtype in NATIVE_DTYPES and native_obstacle(format, weight.device) is None:
         if not torch.ops.fastllama_native.quantise_small(weight.contiguous(), WEIGHTS[format].bits, *made):
             raise ValueError(_NOT_FINITE)
         _require_finite(made[1], weight)
-        return tuple(made)
+        return quants, scales
     return _quantised_by_torch(weight, format, made)
 
 
@@ -77,7 +79,8 @@ def _quantised_by_torch(
         for whole, block in zip(made, _quantised(part, WEIGHTS[format]), strict=True):
             first = start if format == "float8" else start // TILE
             whole[first : first + block.shape[0]] = block
-    return tuple(made)
+    quants, scales = made
+    return quants, scales
 
 
 def dequantise(

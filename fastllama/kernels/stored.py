@@ -134,7 +134,8 @@ def _iq4_nl(x_Rr: torch.Tensor) -> tuple[torch.Tensor, ...]:
 @functools.cache  # made once: a graph being captured cannot copy from the host
 def _codebook(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     middles = [(a + b) / 2 for a, b in itertools.pairwise(IQ4_NL)]
-    return tuple(torch.tensor(numbers, dtype=torch.float32, device=device) for numbers in (IQ4_NL, middles))
+    numbers, between = (torch.tensor(each, dtype=torch.float32, device=device) for each in (IQ4_NL, middles))
+    return numbers, between
 
 
 def _furthest(x_Rr: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,8 @@ there are follows from sizes alone, so a CUDA graph can hold it.
 Legend: B batch, Q query tokens, S cache positions, N query heads, K kv heads, G = N / K, r = G Q rows, D head dim.
 """
 
+from typing import Any
+
 import torch
 
 from fastllama.kernels import native
@@ -106,7 +108,7 @@ class _Running:
         self.query = self._flat(query_BKGQD.flatten(2, 3))
         self.seen_B1r1 = seen_BQ.repeat(1, self.group)[:, None, :, None]
         self.shape = (batch, kv_heads, self.group * tokens)
-        place = {"dtype": torch.float32, "device": query_BQND.device}
+        place: dict[str, Any] = {"dtype": torch.float32, "device": query_BQND.device}
         # Not -inf: the difference of two would be NaN.
         self.top = torch.full((*self.shape, 1), torch.finfo(torch.float32).min, **place)
         self.weight = torch.zeros(*self.shape, 1, **place)

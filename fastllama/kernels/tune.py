@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -82,8 +83,8 @@ class Chooser:
         return min(candidates, key=times.__getitem__)
 
     def _fastest(self, weight: torch.Tensor, candidates: list[str]) -> str:
-        what = ("x".join(map(str, weight.shape)), f"rows {self.rows}")
-        what += (f"of {min(self.model_bytes, _TOTAL) >> 20} MiB",)
+        held = f"of {min(self.model_bytes, _TOTAL) >> 20} MiB"
+        what = ("x".join(map(str, weight.shape)), f"rows {self.rows}", held)
         times = _known(what, weight.dtype, candidates, lambda: self._measure(weight, candidates))
         best = min(candidates, key=times.__getitem__)
         if best == "packed":
@@ -98,7 +99,10 @@ class Chooser:
         copies = max(1, min(_TOTAL, self.model_bytes) // (out * columns * weight.itemsize))
         x = torch.randn(self.rows, 1, columns).to(weight.dtype)
         plain = [weight[:out].clone() for _ in range(copies)]
-        products = {"stock": [Stock(w, None) for w in plain], "native": [Native(w, None) for w in plain]}
+        products: dict[str, list[Any]] = {
+            "stock": [Stock(w, None) for w in plain],
+            "native": [Native(w, None) for w in plain],
+        }
         if "packed" in candidates:
             products["packed"] = [Packed(hold(pack(w)), None, out) for w in plain]
 
@@ -127,11 +131,11 @@ def _time_attention(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> 
     """Microseconds that a prompt of `_PROMPT` tokens attends for, by formulation."""
     query = torch.randn(1, _PROMPT, heads, dim).to(dtype)
     key, value = (torch.randn(1, _PROMPT, kv_heads, dim).to(dtype) for _ in range(2))
-    stored = [x.transpose(1, 2).contiguous() for x in (key, value)]  # what a cache holds anyway
+    stored_key, stored_value = [x.transpose(1, 2).contiguous() for x in (key, value)]  # what a cache holds anyway
 
     def attend(name: str) -> None:
         if name == "native":
-            attend_prompt(query, *stored, 0, dim**-0.5)
+            attend_prompt(query, stored_key, stored_value, 0, dim**-0.5)
         else:
             attend_causal(query, key, value, dim**-0.5)
 
@@ -144,7 +148,7 @@ def _known(
     """Microseconds by candidate: as an earlier measurement on this machine left them, or measured now."""
     key = " ".join((str(dtype).removeprefix("torch."), *what, f"threads {torch.get_num_threads()}", *candidates))
     times = _read().get(key)
-    if not _are_times(times, candidates):
+    if times is None or not _are_times(times, candidates):
         times = measure()
         _write({**_read(), key: times})
     return times

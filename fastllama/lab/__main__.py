@@ -12,7 +12,7 @@ from fastllama.lab.pictures import plot
 from fastllama.lab.prompts import parallel
 from fastllama.lab.quality import context_score, evaluation
 from fastllama.lab.records import changes, export, readme, record, words
-from fastllama.lab.records.sources import ROOT
+from fastllama.lab.records.sources import ROOT, require_clone
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,7 +62,13 @@ def _render(arguments, records: list[dict]) -> int:
     return 0
 
 
+# What reads or writes the log of the repository, and has none where the package is installed.
+_OF_THE_LOG = ("changes", "readme", "predict", "board", "report")
+
+
 def _run(arguments) -> int:
+    if arguments.command in _OF_THE_LOG and arguments.root == ROOT:
+        require_clone(ROOT, f"{arguments.command} is about the records, which are kept")
     if arguments.command == "predict":
         path = words.predict(arguments.what, arguments.text, arguments.root)
         print(f"noted in {path}: commit it, then run with --record {arguments.what!r}")

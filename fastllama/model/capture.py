@@ -1,6 +1,7 @@
 """CapturedStep: a compiled step replayed as CUDA graphs, one per bucket."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ class CapturedStep:
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self.logits: dict[tuple[int, int], torch.Tensor] = {}
         self.inputs: dict[int, tuple[torch.Tensor, ...]] = {}
-        self.pool = None
+        self.pool: Any = None
         self.stream: torch.cuda.Stream | None = None
 
     def reset(self) -> None:

@@ -1,6 +1,7 @@
 """FastConfig: the switches, validated in one place."""
 
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from fastllama.kernels.blocks import FORMATS
 from fastllama.kernels.small_weights import WEIGHTS
@@ -10,7 +11,7 @@ _COMPILE = ("no", "static", "dynamic", "fullgraph", "native")
 _FUSE = ("all", "qkv", "no")
 
 
-def _switch(default, help: str, allowed: str, lossless: bool = True):
+def _switch(default: Any, help: str, allowed: str, lossless: bool = True) -> Any:
     return field(default=default, metadata={"help": help, "allowed": allowed, "lossless": lossless})
 
 
@@ -89,7 +90,7 @@ class FastConfig:
         512, "self-extend: tokens of a window, a multiple of grp_attn_n", "an integer >= 1", lossless=False
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for switch in fields(self):
             require_allowed(switch.name, getattr(self, switch.name))
         if self.compile == "fullgraph":
@@ -101,18 +102,18 @@ class FastConfig:
             raise ValueError(f"grp_attn_w={self.grp_attn_w} is not a multiple of grp_attn_n={self.grp_attn_n}")
 
 
-def require_allowed(name: str, value) -> None:
+def require_allowed(name: str, value: Any) -> None:
     """Raises `ValueError` for a value that no `FastConfig` may have, whatever else it has."""
     if not _IS_ALLOWED[name](value):
         allowed = FastConfig.__dataclass_fields__[name].metadata["allowed"]
         raise ValueError(f"{name}={value!r} is not allowed; allowed: {allowed}")
 
 
-def _is_int(value, least: int) -> bool:
+def _is_int(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _at_least_16(value) -> bool:
+def _at_least_16(value: Any) -> bool:
     return _is_int(value, 16)
 
 

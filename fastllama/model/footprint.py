@@ -82,8 +82,8 @@ def weight_bytes(config: LlamaConfig, weights: str | None, dtype: torch.dtype) -
         if weights is not None:
             check(weights, columns, name)
         layer += matrix_bytes(rows, columns, weights, dtype.itemsize) + biased * rows * dtype.itemsize
-    head = None if weights is None else head_format(weights)
-    head = matrix_bytes(config.vocab_size, config.hidden_size, head, dtype.itemsize)
+    format = None if weights is None else head_format(weights)
+    head = matrix_bytes(config.vocab_size, config.hidden_size, format, dtype.itemsize)
     embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size * dtype.itemsize
     norm = config.hidden_size * dtype.itemsize
     return WeightBytes(config.num_hidden_layers * layer + norm + head, embedding)

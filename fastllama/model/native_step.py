@@ -1,5 +1,7 @@
 """NativeStep: the decode step as one C++ call (kernels/native_code/step.h), over weights and cache as they lie."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -50,7 +52,8 @@ def obstacle(model: nn.Module, shape: CacheShape) -> str | None:
 
 
 def _products(weights: Weights) -> list:
-    blocks = [(block.qkv.joint, block.o, block.gate_up.joint, block.down) for block in weights.blocks]
+    every: tuple[Any, ...] = weights.blocks  # fused: products that are not, the native step does not take
+    blocks = [(block.qkv.joint, block.o, block.gate_up.joint, block.down) for block in every]
     return [*(product for block in blocks for product in block), weights.lm_head, weights.embed]
 
 
@@ -67,7 +70,7 @@ def _shape(product) -> tuple[int, int]:
 def _layers(cache: FloatCache | SmallCache) -> tuple[list, list]:
     """The parts of each layer's keys, and of its values."""
     if isinstance(cache, SmallCache):
-        return tuple([list(parts) for parts in side.layers] for side in (cache.keys, cache.values))
+        return [list(parts) for parts in cache.keys.layers], [list(parts) for parts in cache.values.layers]
     return [[keys] for keys in cache.keys], [[values] for values in cache.values]
 
 

@@ -26,7 +26,8 @@ class _Held(nn.Module):
     def hold(self, quants: torch.Tensor, scales: torch.Tensor) -> None:
         """Takes what `quantise` made."""
         for name, tensor in zip(_TENSORS, (quants, scales), strict=True):
-            tensor._is_hf_initialized = True  # else transformers would initialise it
+            # Else transformers would initialise it.
+            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
             setattr(self, name, tensor)
 
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:

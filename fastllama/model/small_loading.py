@@ -8,6 +8,7 @@ import math
 import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,7 +39,8 @@ class SmallWeightsConfig(QuantizationConfigMixin):
     def __init__(self, weights: str, quant_method: str = METHOD):
         if weights not in WEIGHTS:
             raise ValueError(f"weights={weights!r} is not allowed; allowed: {', '.join(WEIGHTS)}")
-        self.quant_method, self.weights = quant_method, canonical(weights)
+        self.quant_method: Any = quant_method  # ours is none of transformers' own
+        self.weights = canonical(weights)
 
 
 class SmallWeightsQuantizer(HfQuantizer):
@@ -113,7 +115,9 @@ class Quantise(ConversionOps):
     def __init__(self, format: str):
         self.format = format
 
-    def convert(self, input_dict: dict, *, model=None, full_layer_name=None, missing_keys=None, **kwargs) -> dict:
+    def convert(  # type: ignore[override]  # the rest comes by name, into kwargs
+        self, input_dict: dict, *, model=None, full_layer_name=None, missing_keys=None, **kwargs
+    ) -> dict:
         """Returns nothing to load: the module holds it."""
         weight = next(iter(input_dict.values()))
         weight = weight[0] if isinstance(weight, list) else weight
@@ -168,7 +172,8 @@ def _small_linear(module: nn.Linear, format: str) -> SmallLinear:
     with torch.device("meta"):
         small = SmallLinear(module.in_features, module.out_features, module.bias is not None, format)
     if module.bias is not None:
-        small.bias = module.bias.requires_grad_(False)
+        module.bias.requires_grad_(False)
+        small.bias = module.bias
     return small
 
 

@@ -17,7 +17,7 @@ def all_modules(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def is_plain(module: nn.Module, cls: type = nn.Linear) -> bool:
+def is_plain(module: nn.Module, cls: type[nn.Module] = nn.Linear) -> bool:
     """Whether the module computes what its class does from its weights, and nothing else."""
     return (
         type(module) is cls

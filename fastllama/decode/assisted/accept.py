@@ -7,6 +7,8 @@ residual max(p - q, 0). What is written is then distributed as p.
 Legend: B rows, K proposed tokens, Q = K + 1 verified positions, V vocabulary.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -27,7 +29,7 @@ def residual(target_BV: torch.Tensor, draft_BV: torch.Tensor) -> torch.Tensor:
     return torch.where(left_BV.sum(-1, keepdim=True) > 0, left_BV, target_BV)
 
 
-def stands(chances: list[float], uniforms: list[float]) -> int | None:
+def stands(chances: Sequence[float], uniforms: Sequence[float]) -> int | None:
     """Which of several siblings stands, None for none of them. `chances`: of each sibling the target's probability.
 
     They were not drawn: the draft's distribution of each is all at that token. So the first, x, stands with probability

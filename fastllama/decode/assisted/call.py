@@ -1,6 +1,7 @@
 """One assisted generate call: whether it can run here, and running it while both engines are held."""
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ def assisted_call(
     draft: nn.Module | None,
     other_tokenizer: bool,
     input_ids: torch.Tensor,
-    how: tuple,
+    how: tuple[Any, Any, Any],
     streamer,
     inputs: dict,
 ) -> tuple[str | None, object, Assisted | None, str]:

@@ -3,6 +3,8 @@
 Legend: B rows, T padded prompt length, K proposed tokens, V vocabulary.
 """
 
+from typing import Any, cast
+
 import torch
 from torch import nn
 from transformers.generation.utils import GenerateDecoderOnlyOutput
@@ -56,12 +58,13 @@ def assisted_loop(
     verifier, processing = _verifier(input_ids, most_new, draft is not None, how)
     watching = not isinstance(verifier, SequentialVerifier)
     rows = Rows(input_ids, prompt, stopping_criteria, generation_config._pad_token_tensor, watching)
+    proposer: LookupProposer | DraftProposer
     if draft is None:
         proposer = LookupProposer(prompt, asked.ngram)
     else:
-        how = (*draft, prompt, most_new, processing, asked.threshold, model.config.vocab_size)
-        split = {"p_split": asked.p_split, "branches": asked.branches}
-        proposer = DraftProposer(*how) if asked.branches == 1 else TreeProposer(*how, **split)
+        made = (*draft, prompt, most_new, processing, asked.threshold, model.config.vocab_size)
+        split: dict[str, Any] = {"p_split": asked.p_split, "branches": asked.branches}
+        proposer = DraftProposer(*made) if asked.branches == 1 else TreeProposer(*made, **split)
     call = Call(model, engine, proposer, verifier, schedule, rows, streamer)
     as_dict = generation_config.return_dict_in_generate
     report = call.run(prompt, generation_config.prefill_chunk_size, as_dict)
@@ -69,7 +72,7 @@ def assisted_loop(
     if not as_dict:
         return ids, report
     output = GenerateDecoderOnlyOutput(
-        sequences=ids,
+        sequences=cast(torch.LongTensor, ids),
         scores=None if verifier.scores is None else tuple(verifier.scores),
         logits=None if verifier.raw_logits is None else tuple(verifier.raw_logits),
         past_key_values=copied_out(model, engine, prompt, batch),
@@ -77,7 +80,7 @@ def assisted_loop(
     return output, report
 
 
-def _verifier(input_ids, most_new, drafted: bool, how):
+def _verifier(input_ids, most_new, drafted: bool, how: tuple[Any, Any, Any]):
     """How a round is judged, and how a draft is to sample (None: it is greedy)."""
     logits_processor, _, generation_config = how
     stop = StopCheck(0, input_ids.device)

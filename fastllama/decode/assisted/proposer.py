@@ -121,7 +121,8 @@ class DraftProposer:
     def propose(self, rows: Rows, most: int, room: int | None = None) -> Proposal:
         """Up to `most` tokens a row, on the draft's device."""
         logits_BV, forwards, behind = self._caught_up(rows, most)
-        tokens, probabilities, doubt = [], [], _Doubt(rows, self.device)
+        tokens: list[torch.Tensor] = []
+        probabilities, doubt = [], _Doubt(rows, self.device)
         while True:
             token_B, sure_B, q_BV = self._chosen(rows, tokens, logits_BV)
             tokens.append(token_B)

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 class Assisted:
     """Counts and seconds of one `generate` call; rows of a batch count together.
 
-    `target_forwards` counts the prefill, whose seconds are in `prefill_s` with the draft's own; `draft_s` and
-    `target_s` are the rounds after it. `accepted_tokens` of the `draft_tokens` proposed stand in the text.
+    `mode`: draft, lookup, or tree, a draft whose branches split. `target_forwards` counts the prefill, whose seconds
+    are in `prefill_s` with the draft's own; `draft_s` and `target_s` are the rounds after it. `accepted_tokens` of the
+    `draft_tokens` proposed, by `draft_forwards` passes, stand in the text, of whose `new_tokens` the others are the
+    target's. `switched_off`: how often assistance switched itself off because it would not pay.
     """
 
-    mode: str  # draft, lookup, or tree: a draft whose branches split
+    mode: str
     new_tokens: int
     draft_tokens: int
     accepted_tokens: int

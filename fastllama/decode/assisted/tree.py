@@ -76,7 +76,9 @@ class Tree:
 def walked(tree: Tree, choose, stop=lambda: False) -> tuple[list[int], list[int]]:
     """(tokens that are kept, nodes that stand): from node 0 on, the node that `choose(node)`'s token is, while there is
     one and not `stop()`; the last token is the target's own."""
-    children, node, kept, stood = tree.children(), 0, [], []
+    children, node = tree.children(), 0
+    kept: list[int] = []
+    stood: list[int] = []
     while True:
         kept.append(choose(node))
         if stop():

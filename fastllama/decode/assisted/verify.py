@@ -40,8 +40,8 @@ class GreedyVerifier:
             chosen = logits_BQV.argmax(-1)
             both = chosen if draft_BK is None else torch.cat((chosen, draft_BK), 1)
             tokens = chosen.shape[1]
-            both = both.tolist()
-            chosen, draft = [row[:tokens] for row in both], [row[tokens:] for row in both]
+            lists = both.tolist()
+            chosen, draft = [row[:tokens] for row in lists], [row[tokens:] for row in lists]
         kept = []
         for row, (found, proposed) in enumerate(zip(chosen, draft, strict=True)):
             count = 0
@@ -121,7 +121,8 @@ class ProcessedVerifier:
 
 def _descended(tree: Tree, numbers: list[tuple[float, float]]) -> tuple[list[int], list[int]]:
     """(nodes that stand, tokens after them that do not), by the chance and the uniform number of each node."""
-    children, path, node = tree.children(), [], 0
+    children, node = tree.children(), 0
+    path: list[int] = []
     while True:
         chances, uniforms = (
             zip(*(numbers[child] for child in children[node]), strict=True) if children[node] else ((), ())

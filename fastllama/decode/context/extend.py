@@ -28,7 +28,8 @@ class SelfExtend:
 
     def reset(self) -> None:
         """Before a call."""
-        self.rows, self.windows = Rows(), []
+        self.rows = Rows()
+        self.windows: list[int] = []
         self.offset_B.zero_()
 
     def start(self, prompt: Prompt) -> None:

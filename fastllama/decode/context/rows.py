@@ -1,6 +1,9 @@
 """Rows of a call: how many tokens each holds, known without asking the device."""
 
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+Item = TypeVar("Item")
 
 
 class Rows:
@@ -15,7 +18,7 @@ class Rows:
         return [used - behind for behind in self.behind]
 
 
-def runs(items: Sequence) -> Iterator[tuple[slice, object]]:
+def runs(items: Sequence[Item]) -> Iterator[tuple[slice, Item]]:
     """Neighbouring rows whose items are equal, and the item: a slice of rows needs no index on the device."""
     start = 0
     for row in range(1, len(items) + 1):

@@ -5,7 +5,7 @@ move down and turn by -n_discard, values move as they are, and nothing is comput
 drops about all: hardly a key turns more than twice, so rounding does not pile up.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from fastllama.cache.moving import move
 from fastllama.decode.context.rows import Rows, runs
@@ -13,7 +13,8 @@ from fastllama.decode.prompt import Prompt
 from fastllama.kernels.rope import turns
 
 
-class _Drop(NamedTuple):
+@dataclass(frozen=True)
+class _Drop:
     """Positions keep .. keep + count - 1 of a row of `length` tokens, in `times` shifts."""
 
     keep: int
@@ -35,7 +36,9 @@ class ContextShift:
 
     def reset(self) -> None:
         """Before a call."""
-        self.rows, self.keeps, self.times = Rows(), [], []
+        self.rows = Rows()
+        self.keeps: list[int] = []
+        self.times: list[int] = []
         self.prompt_length = 0
 
     def start(self, prompt: Prompt) -> None:

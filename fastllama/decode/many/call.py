@@ -49,7 +49,7 @@ def run_many(
     generation_config,
     chunk: int | None,
     shared_prefix: int | None,
-    on_result: Callable[[int, Generated], None] | None,
+    on_result: Callable[[int, Generated], object] | None,
     arguments: dict,
     sampling: Sampling | None = None,
 ) -> tuple[list[Generated], str]:

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Generated:
-    """`ids`: the new tokens, an end of text among them.
+    """What `generate_many` made of prompt number `index`, from 0, which has `prompt_tokens` tokens.
 
-    `finish`: "eos", "length", "stop" (a stopping criterion of the caller's) or "error", with the reason in `error`.
+    `ids`: the new tokens, an end of text among them. `finish`: "eos", "length", "stop" (a stopping criterion of the
+    caller's) or "error", with the reason in `error`, which is None otherwise.
     """
 
     index: int
@@ -18,4 +19,5 @@ class Generated:
 
     @property
     def new_tokens(self) -> int:
+        """How many tokens are new."""
         return len(self.ids)

@@ -1,7 +1,7 @@
 """Rules: how the tokens of a prompt are chosen and when it ends, as the parent's `generate` would have it."""
 
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,7 +15,15 @@ from fastllama.decode.sampling.options import Sampling
 from fastllama.decode.support import call_obstacle
 
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-_NEVER = ("streamer", "assistant_model", "inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids")
+_NEVER: tuple[str, ...] = (
+    "streamer",
+    "assistant_model",
+    "inputs",
+    "input_ids",
+    "inputs_embeds",
+    "attention_mask",
+    "position_ids",
+)
 _NEVER += ("past_key_values", "custom_generate", "synced_gpus", "token_healing")
 
 
@@ -26,7 +34,7 @@ class Rules(NamedTuple):
     processor looks at more than the scores, or is this row's alone.
     """
 
-    processors: list
+    processors: Any  # a LogitsProcessorList, which says that it takes classes of torch's that nothing is
     by_row: bool
     do_sample: bool
     eos: frozenset[int]
@@ -83,7 +91,7 @@ class Asked:
         self.arguments["stopping_criteria"] = [*(self.arguments.get("stopping_criteria") or []), criterion]
 
     def _of(self, index: int, ids: list[int], most_new: int | None) -> Rules:
-        found = {}
+        found: dict[str, Any] = {}
 
         def note(model, input_ids, logits_processor=None, stopping_criteria=None, generation_config=None, **inputs):
             found.update(processors=logits_processor, criteria=stopping_criteria, config=generation_config)

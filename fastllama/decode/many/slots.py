@@ -36,7 +36,7 @@ class Slots:
         self._buckets = Buckets(self.cache.positions, shape.cache_length, self.engine.config.bucket)
         self._parts: dict[tuple[int, int], FloatCache | SmallCache] = {}
         self._native: dict[int, NativeStep] = {}
-        self._idle: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
+        self._idle: dict[tuple[int, tuple[int, ...]], tuple[torch.Tensor, torch.Tensor]] = {}
 
     def _part(self, first: int, count: int) -> FloatCache | SmallCache:
         key = (first, count)

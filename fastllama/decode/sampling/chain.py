@@ -35,8 +35,8 @@ class Chain:
         if self.sampling.acts("repeat_penalty"):
             scores_BV = penalties.repeat_penalty(scores_BV, counts_BV, values.repeat_penalty, self.of_transformers)
         if self.sampling.acts("frequency_penalty") or self.sampling.acts("presence_penalty"):
-            values = values.frequency_penalty, values.presence_penalty
-            scores_BV = penalties.occurrence_penalty(scores_BV, counts_BV, *values)
+            each_B = values.frequency_penalty, values.presence_penalty
+            scores_BV = penalties.occurrence_penalty(scores_BV, counts_BV, *each_B)
         return scores_BV
 
     def filtered(self, scores_BV: torch.Tensor) -> torch.Tensor:

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
+from typing import Any
 
-SAMPLERS = ("penalties", "top_k", "tfs_z", "typical_p", "top_p", "min_p", "temperature")
-ORDERS = {
+SAMPLERS: tuple[str, ...] = ("penalties", "top_k", "tfs_z", "typical_p", "top_p", "min_p", "temperature")
+ORDERS: dict[str, tuple[str, ...]] = {
     "transformers": ("penalties", "temperature", "top_k", "tfs_z", "top_p", "min_p", "typical_p"),
     "llama.cpp": SAMPLERS,
 }
@@ -15,7 +16,7 @@ _LARGEST_SEED = 2**62
 COLD = 1e-30  # a score divided by less is not a float32
 
 
-def _option(default, help: str, allowed: str, by_row: bool = True):
+def _option(default: Any, help: str, allowed: str, by_row: bool = True) -> Any:
     return field(default=default, metadata={"help": help, "allowed": allowed, "by_row": by_row})
 
 
@@ -61,7 +62,7 @@ class Sampling:
         "None, an integer from 0 to 2**62, or one for each row",
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for option in fields(self):
             value = getattr(self, option.name)
             if not isinstance(value, str | tuple) and isinstance(value, Sequence):
@@ -79,12 +80,12 @@ class Sampling:
             words = ", ".join(f"{name} has {length}" for name, length in lengths.items())
             raise ValueError(f"options by row must be for the same number of rows: {words}")
 
-    def _refuse(self, option):
+    def _refuse(self, option: Field) -> None:
         value = getattr(self, option.name)
         raise ValueError(f"{option.name}={value!r} is not allowed; allowed: {option.metadata['allowed']}")
 
     @classmethod
-    def llama_cpp(cls, **changes) -> "Sampling":
+    def llama_cpp(cls, **changes: Any) -> "Sampling":
         """llama.cpp's defaults and order, with `changes`."""
         defaults = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "repeat_last_n": 64}
         return cls(**{**defaults, "sampler_order": "llama.cpp", **changes})
@@ -105,7 +106,8 @@ class Sampling:
     @property
     def order(self) -> tuple[str, ...]:
         """The samplers in order."""
-        return ORDERS.get(self.sampler_order, self.sampler_order)
+        order = self.sampler_order
+        return ORDERS[order] if isinstance(order, str) else order
 
     @property
     def is_greedy(self) -> bool:
@@ -152,35 +154,35 @@ class Sampling:
             words.append(f"penalties have no effect {why}")
         return words
 
-    def _is_by_row(self, option) -> bool:
+    def _is_by_row(self, option: Field) -> bool:
         return option.metadata["by_row"] and isinstance(getattr(self, option.name), tuple)
 
     def _each(self, name: str) -> tuple:
         value = getattr(self, name)
         return value if isinstance(value, tuple) else (value,)
 
-    def largest(self, name: str):
+    def largest(self, name: str) -> Any:
         """The largest of an option's values."""
         return max(self._each(name))
 
-    def smallest(self, name: str):
+    def smallest(self, name: str) -> Any:
         """The smallest of an option's values."""
         return min(self._each(name))
 
 
-def _is_whole(value) -> bool:
+def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_share(value) -> bool:
+def _is_share(value: Any) -> bool:
     return _is_number(value) and value >= 0
 
 
-def _is_order(value) -> bool:
+def _is_order(value: Any) -> bool:
     if isinstance(value, str):
         return value in ORDERS
     if not isinstance(value, tuple) or not all(isinstance(name, str) for name in value):

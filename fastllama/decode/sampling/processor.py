@@ -4,7 +4,7 @@ Legend: B rows, T ids so far, P prompt tokens, V vocabulary.
 """
 
 from collections import deque
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from transformers import LogitsProcessor
@@ -49,11 +49,11 @@ class StatelessSamplingProcessor(LogitsProcessor):
             # num_return_sequences repeats each row.
             self._real = mask.to(input_ids.device).repeat_interleave(rows // mask.shape[0], dim=0) != 0
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.FloatTensor:
         """Scores [B, V], float32, with -inf for what may not be drawn."""
         if self._chain is None or not self._chain.fits(scores):
             self.begin(input_ids)
-        return self._chain.filtered(self._penalised(input_ids, scores))
+        return cast(torch.FloatTensor, self._chain.filtered(self._penalised(input_ids, scores)))
 
     def _penalised(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         real_BT = None
@@ -119,7 +119,7 @@ class SamplingProcessor(StatelessSamplingProcessor):
         steps_B = torch.zeros(len(input_ids), dtype=torch.int64, device=input_ids.device)
         self._state = State(mu_B, steps_B, None, input_ids.shape[1])
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.FloatTensor:
         """Scores [B, V], float32, with -inf for what may not be drawn."""
         if self._state is None or not self._chain.fits(scores) or self._state.length != input_ids.shape[1]:
             self.begin(input_ids)
@@ -137,4 +137,4 @@ class SamplingProcessor(StatelessSamplingProcessor):
         if chain.values.seed is not None:
             scores_BV = only(scores_BV, drawn(scores_BV, uniform(chain.values.seed, steps_B)))
         self._state = State(mu_B, steps_B + 1, logp_BV, length + 1)
-        return scores_BV
+        return cast(torch.FloatTensor, scores_BV)

@@ -16,6 +16,20 @@ _NO_NUMBERS = ("mirostat", "sampler_order", "seed")
 class Values:
     """`values.top_p` and so on, tensors [B] on a device: float64, or int64 where the option is an integer."""
 
+    temperature: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    min_p: torch.Tensor
+    tfs_z: torch.Tensor
+    typical_p: torch.Tensor
+    repeat_penalty: torch.Tensor
+    repeat_last_n: torch.Tensor
+    frequency_penalty: torch.Tensor
+    presence_penalty: torch.Tensor
+    mirostat_tau: torch.Tensor
+    mirostat_eta: torch.Tensor
+    min_keep: torch.Tensor
+
     def __init__(self, sampling: Sampling, rows: int, device: torch.device):
         """Raises `ValueError` where options by row are for another number of rows."""
         if sampling.rows not in (None, rows):
@@ -30,8 +44,8 @@ class Values:
 def _column(value, rows: int, device: torch.device) -> torch.Tensor:
     numbers = value if isinstance(value, tuple) else (value,)
     whole = all(isinstance(number, int) for number in numbers)
-    numbers = [max(min(number, _LARGEST), -_LARGEST) if whole else number for number in numbers]
-    return torch.tensor(numbers, dtype=torch.int64 if whole else torch.float64, device=device).expand(rows)
+    bounded = [max(min(number, _LARGEST), -_LARGEST) if whole else number for number in numbers]
+    return torch.tensor(bounded, dtype=torch.int64 if whole else torch.float64, device=device).expand(rows)
 
 
 def _seeds(seed: int | tuple[int, ...], rows: int, device: torch.device) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""fastllama COMMAND: the command line of the package. `generate` is the command that there is."""
+"""fastllama COMMAND: the command line of the package."""
 
 import io
 import os
@@ -8,10 +8,15 @@ import traceback
 from collections.abc import Sequence
 from contextlib import contextmanager
 
+from fastllama import __version__
+
 _USAGE = """usage: fastllama generate [options]
+       fastllama measure [options]
+       fastllama --version
 
 Text in, text out: fastllama generate -p "def main():" -n 64. `fastllama generate --help` lists the options;
-`python -m fastllama.lab --help` the laboratory's commands, and run_llama.py measures.
+`fastllama measure` is run_llama.py, wherever the package is installed; `python -m fastllama.lab --help` lists the
+laboratory's commands.
 """
 
 
@@ -26,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(argv)
     except SystemExit as end:
-        return end.code or 0
+        return end.code if isinstance(end.code, int) else 0
     except KeyboardInterrupt:
         _say("")
         return 130
@@ -56,9 +61,17 @@ def _run(argv: list[str]) -> int:
     if argv and argv[0] in ("-h", "--help"):
         print(_USAGE, end="")
         return 0
+    if argv == ["--version"]:
+        print(f"fastllama {__version__}")
+        return 0
+    if argv and argv[0] == "measure":
+        import run_llama
+
+        sys.argv[0] = "fastllama measure"  # what its help calls it
+        return run_llama.main(argv[1:])
     if not argv or argv[0] != "generate":
         what = f"there is no command {argv[0]!r}" if argv else "no command was given"
-        raise ValueError(f"{what}: fastllama generate is the one (fastllama generate --help lists its options)")
+        raise ValueError(f"{what}: there are generate and measure (fastllama generate --help lists its options)")
     return _generate(argv[1:])
 
 

@@ -10,7 +10,7 @@ from fastllama.lab.cli.parser import Parsed, parse
 from fastllama.lab.cli.table import OPTIONS, find, plain
 from fastllama.lab.cli.unmapped import OPTIONAL, UNMAPPED
 
-_MAINS = ("main", "llama", "llama-cli", "llama-completion", "llama-simple", "simple")
+_MAINS: tuple[str, ...] = ("main", "llama", "llama-cli", "llama-completion", "llama-simple", "simple")
 _MAINS += ("speculative", "llama-speculative", "parallel", "llama-parallel")
 _GGUF = "a .gguf file is not loaded here: name a checkpoint with --model"
 _SHELL = re.compile(r"[|<>&;]+|\d?>>?.*")

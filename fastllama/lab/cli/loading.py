@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ class Place:
     found: Checkpoint
     dtype: str
     device: str
-    tokenizer: object
+    tokenizer: Any
 
     @property
     def longest(self) -> int:

@@ -4,6 +4,7 @@ import argparse
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastllama.lab.cli.option import Option
 from fastllama.lab.cli.table import GROUPS, OPTIONS, find
@@ -19,7 +20,7 @@ _BEFORE = ":"  # stands before each value, since argparse would take one that is
 class Parsed:
     """By option name: values, the name that each was typed by, and the words that were typed for it."""
 
-    values: dict[str, object] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
     typed: dict[str, str] = field(default_factory=dict)
     words: dict[str, str] = field(default_factory=dict)
 
@@ -29,8 +30,7 @@ class Parsed:
 
     def under(self, other: "Parsed") -> "Parsed":
         """Both, of which `other` counts more."""
-        pairs = ((self.values, other.values), (self.typed, other.typed), (self.words, other.words))
-        return Parsed(*({**ours, **theirs} for ours, theirs in pairs))
+        return Parsed({**self.values, **other.values}, {**self.typed, **other.typed}, {**self.words, **other.words})
 
 
 class _Store(argparse.Action):

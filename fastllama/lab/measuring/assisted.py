@@ -5,6 +5,7 @@ from statistics import median
 from fastllama.lab.points import figures
 from fastllama.lab.points.assistance import LATER, NAMES, SCHEDULES
 from fastllama.lab.points.fields import (
+    Kind,
     agree,
     check,
     hash8,
@@ -12,6 +13,7 @@ from fastllama.lab.points.fields import (
     number,
     object_,
     or_null,
+    samples,
     small_count,
     small_size,
     word,
@@ -39,6 +41,9 @@ OPTIONS = {
     "draft_weights": or_null(name),
 }
 _LATER = {"p_split": number, "draft_branches": small_size, "draft_device": name}
+_REPORTS = Kind(
+    lambda value: isinstance(value, list) and value and all(map(object_, value)), "a list of at least one report"
+)
 _UNASSISTED = {
     "path": name,
     "hash": hash8,
@@ -46,9 +51,8 @@ _UNASSISTED = {
     "decode_tok_per_s": or_null(number),
     "row_tok_per_s": or_null(number),
     "ttft_ms": number,
-    "runs": lambda value: isinstance(value, list),
+    "runs": samples,
 }
-_UNASSISTED["runs"].wanted = "a list of samples"
 _STORED = {
     **OPTIONS,
     "mode": word(*MODES),
@@ -59,10 +63,9 @@ _STORED = {
     "switched_off": small_count,
     "parity": word(*VERDICTS),
     "first_divergence": or_null(object_),
-    "reports": lambda value: isinstance(value, list) and value and all(map(object_, value)),
+    "reports": _REPORTS,
     "unassisted": object_,
 }
-_STORED["reports"].wanted = "a list of at least one report"
 assert set(NAMES) == {*OPTIONS, *_LATER} and set(LATER) == set(_LATER)
 
 

@@ -50,7 +50,7 @@ class Ceiling:
         values = torch.ones(self._nbytes // 4, dtype=torch.float32, device=self._device)
         if self._device.type == "cpu":
             # Which formulation reads fastest differs between processors and builds of torch.
-            works = {values.sum: 1, values.max: 1, values.view(torch.int64).sum: 1}
+            works: dict[Callable[[], object], int] = {values.sum: 1, values.max: 1, values.view(torch.int64).sum: 1}
             if native.load() is None:
                 row, weight = torch.ones(1, _COLUMNS), values.view(-1, _COLUMNS)
                 works[lambda: torch.ops.fastllama_native.linear_rows(row, weight, None)] = 1

@@ -109,7 +109,7 @@ def _times_vanilla(point: dict, figure: str) -> float:
 
 
 def _records(a: dict, b: dict) -> tuple[dict[str, Verdict], dict]:
-    names = tuple(f"record {one['id']}" for one in (a, b))
+    names = f"record {a['id']}", f"record {b['id']}"
     refuse(a, b, names)
     verdicts = {name: statistics.compare_points(b, a, name) for name in _figures([a, b])}
     if a["baseline"] is None and b["baseline"] is None:
@@ -124,11 +124,11 @@ def _records(a: dict, b: dict) -> tuple[dict[str, Verdict], dict]:
 
 
 def _commits(names: list[str], commits: list[str], switches: list[str], pairs: int, root: Path):
-    titles = tuple(f"{name} ({commit[:7]})" for name, commit in zip(names, commits, strict=True))
-    sides = []
+    first, second = (f"{name} ({commit[:7]})" for name, commit in zip(names, commits, strict=True))
+    titles, sides = (first, second), []
     with progress(2 * pairs) as begin, closing(processes.take_turns(root, commits, switches, pairs, begin)) as turns:
         for pair in turns:
-            refuse(*pair, titles)
+            refuse(pair[0], pair[1], titles)
             sides.append(pair)
     a, b = zip(*sides, strict=True)
     verdicts = {}
@@ -188,7 +188,7 @@ def _compare(arguments) -> tuple[dict[str, Verdict], dict]:
     if all(found):
         if arguments.runs is not None or arguments.switches:
             raise ValueError("records are measured already: --runs and switches belong to commits")
-        return _records(*found)
+        return _records(found[0], found[1])
     if any(found):
         raise ValueError(f"{names[0]} and {names[1]} are a record and a commit: compare two of one kind")
     statistics.paired([1.0, 2.0], [1.0, 1.0])  # before minutes of measuring: is scipy there?

@@ -5,6 +5,7 @@ B batch, P prompt tokens, N new tokens
 
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import StaticCache
@@ -83,7 +84,7 @@ class Contestant:
 
     def _extra(self) -> dict:
         """Arguments of `generate` that only this contestant has."""
-        extra = {} if self.prefill_chunk is None else {"prefill_chunk_size": self.prefill_chunk}
+        extra: dict[str, Any] = {} if self.prefill_chunk is None else {"prefill_chunk_size": self.prefill_chunk}
         extra |= self.assistance
         if self.name == "compiled":
             # transformers would compile a static cache's forward by itself on a GPU; ours is compiled already.

@@ -38,7 +38,7 @@ def paths(device: torch.device, compile_reason: str | None, rough: bool = False)
     """
     found = []
     for name, dtype in DTYPES.items():
-        model = fastllama.LlamaForCausalLM.from_pretrained(demo.resolve("demo", dtype), dtype=dtype).to(device).eval()
+        model = fastllama.LlamaForCausalLM.from_pretrained(demo.resolve("demo", dtype), dtype=dtype).eval().to(device)
         vanilla.plain_greedy(model, 0)
         found.append({"dtype": name, "switches": "none", "path": _path(model, None)})
         eager = _path(model, "no")

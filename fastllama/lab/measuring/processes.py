@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -88,7 +88,7 @@ def _point(tree: Path, commit: str, switches: list[str]) -> dict:
 
 def take_turns(
     root: Path, commits: list[str], switches: list[str], pairs: int, begin: Callable[[str], None]
-) -> Iterator[list[dict]]:
+) -> Generator[list[dict], None, None]:
     """A point of each commit, `pairs` times, one process each: A B A B ...
 
     The work trees are removed at the end, after a failure and after Ctrl-C. ValueError, one sentence, for a commit

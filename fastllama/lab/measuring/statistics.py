@@ -10,6 +10,7 @@ rates of both kinds of error, on noise taken from the committed records.
 import math
 import warnings
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ from fastllama.lab.points import figures
 
 FASTER, SLOWER, NO_DIFFERENCE = "faster", "slower", "no difference"
 ALPHA = 0.05
+Speeds = Sequence[float] | np.ndarray
 _RANKS_FROM = 6
 
 
@@ -118,17 +120,17 @@ def _verdict(first, second=None) -> Verdict:
     return Verdict(word, ratio, low, high, p, runs)
 
 
-def paired(first: list[float], second: list[float]) -> Verdict:
+def paired(first: Speeds, second: Speeds) -> Verdict:
     """Of speeds taken in turns: run i of the first stands beside run i of the second."""
     return _verdict(np.log(first) - np.log(second))
 
 
-def unpaired(first: list[float], second: list[float]) -> Verdict:
+def unpaired(first: Speeds, second: Speeds) -> Verdict:
     """Of speeds, or ratios of speeds, that were taken one group after the other."""
     return _verdict(np.log(first), np.log(second))
 
 
-def _speeds(runs: list[dict], point: dict, figure: str) -> list[float]:
+def _speeds(runs: list[dict], point: dict, figure: str) -> np.ndarray:
     """One speed per run, NaN where a run has none, so that runs stay side by side."""
     sizes = point["batch_size"], point["new_tokens"]
     values = [figures.samples([run], *sizes)[figure] for run in runs]
@@ -167,8 +169,8 @@ def compare_points(point: dict, reference: dict, figure: str | None = None) -> V
         decoded = point["decode_tok_per_s"] is not None and reference["decode_tok_per_s"] is not None
         figure = "decode_tok_per_s" if decoded else "tok_per_s"
     if point["baseline"] is None and reference["baseline"] is None:
-        speeds = [_speeds(one["runs"], one, figure) for one in (point, reference)]
-        return unpaired(*(each[np.isfinite(each)] for each in speeds))
+        first, second = (_speeds(one["runs"], one, figure) for one in (point, reference))
+        return unpaired(first[np.isfinite(first)], second[np.isfinite(second)])
     if reference["baseline"] is None:
         return compare_with_vanilla(point, figure)
     if point["baseline"] is None:

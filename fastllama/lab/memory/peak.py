@@ -100,8 +100,7 @@ def measured_base(point: Point, name: str) -> Base:
         return Base(0, 0)
     kept = {field: value for field, value in point.switches.items() if field in ("compile", "products")}
     kept["prefill_chunk"] = point.prefill_chunk or _CHUNK
-    alone = {"cache_length": None, "assistance": Assistance()}
-    demo = replace(point, model="demo", switches=kept, runs=1, warmup=0, **alone)
+    demo = replace(point, model="demo", switches=kept, runs=1, warmup=0, cache_length=None, assistance=Assistance())
     key = (replace(demo, workload=Workload(1, _SHORT, 1)).command(), name)
     if key not in _bases:
         short, long = (replace(demo, workload=Workload(1, tokens, 1)) for tokens in (_SHORT, _LONG))
@@ -159,7 +158,7 @@ def _with_draft(point: Point, own: Peak) -> Peak:
     return Peak(0, own.weights + draft.weights, own.cache + draft.cache, max(own.work, draft.work))
 
 
-def _sizes_of(point: Point, config: LlamaConfig) -> tuple[int, int, int]:
+def _sizes_of(point: Point, config: LlamaConfig) -> tuple[int, int, float]:
     """(columns of queries, bytes of a position's keys and values, heap factor) of transformers' own model."""
     position = checkpoint.position_bytes(config, point.torch_dtype.itemsize)
     return config.num_attention_heads * head_dim(config), position, _HEAP if point.device == "cpu" else 1

@@ -241,9 +241,9 @@ def _caches(keys: str | None, values: str | None) -> list[tuple]:
     if keys is None and values is None:
         return _CACHES
     every = [None, *(name for name in FORMATS if not FORMATS[name].is_float)]
-    keys = every if keys is None else _list("cache_k", keys)
-    values = every if values is None else _list("cache_v", values)
-    return [(key, value) for key in keys for value in values]
+    of_keys = every if keys is None else _list("cache_k", keys)
+    of_values = every if values is None else _list("cache_v", values)
+    return [(key, value) for key in of_keys for value in of_values]
 
 
 def run(given: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 from fastllama.decode.sampling.options import Sampling
 from fastllama.model.config import FastConfig
@@ -117,7 +118,7 @@ def parse(words: str) -> dict:
         left = shlex.split(words)
     except ValueError as fault:
         raise ValueError(f"{words!r} cannot be read: {fault}") from None
-    found = {}
+    found: dict[str, Any] = {}
     while left:
         spelling = left.pop(0)
         flag = _BY_SPELLING.get(spelling)

@@ -12,7 +12,7 @@ from fastllama.lab.options.aggregate import CHANGED, NO_EFFECT, NONE, SKIPPED
 from fastllama.lab.pages.table import number
 
 ALL = "all"
-_KEYS = ("perplexity", "distinct_1", "distinct_2", "distinct_3", "repetition", "new_tokens")
+_KEYS: tuple[str, ...] = ("perplexity", "distinct_1", "distinct_2", "distinct_3", "repetition", "new_tokens")
 _TIMES = ("load_ms", "sample_ms_mean", "prompt_eval_ms_mean", "eval_ms_mean", "total_ms_mean", "eval_tok_per_s_mean")
 _KEYS += (*_TIMES, "sequences_tok_per_s_mean")
 
@@ -20,8 +20,8 @@ _KEYS += (*_TIMES, "sequences_tok_per_s_mean")
 def means(rows: list[dict]) -> list[dict]:
     """A row for each setting, and one named "all" for an option of several."""
     made = []
-    for option, own in groupby(rows, key=lambda row: row["option"]):
-        own = list(own)
+    for option, each_of in groupby(rows, key=lambda row: row["option"]):
+        own = list(each_of)
         by_name = {name: list(each) for name, each in groupby(own, key=lambda row: row["name"])}
         made += [_mean(option, name, each) for name, each in by_name.items()]
         if len(by_name) > 1:

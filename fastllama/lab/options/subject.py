@@ -153,8 +153,8 @@ class Subject:
                 compile=self.compile,
                 products="stock" if self.compile == "no" else "auto",
                 context_shift=shifts,
+                cache_device="cpu" if values["no_kv_offload"] else None,
                 **{name: values[name] for name in flags.SWITCHES},
-                **({"cache_device": "cpu"} if values["no_kv_offload"] else {}),
             )
             with explained(f"{self.source.name}, a cache of {rows} x {self.context(values)}"):
                 self.model.preallocate(rows, self.context(values), config)

@@ -12,7 +12,17 @@ from fastllama.lab.records.sources import ROOT
 
 FOLDER = f"{words.LOGS}/options"
 NONE_YET = "No sweep is kept yet: `python -m fastllama.lab options --json FILE`.\n"
-_KEPT = ("option", "name", "flags", "texts", "skipped", "changed", "no_effect", "first_difference_median", "reason")
+_KEPT: tuple[str, ...] = (
+    "option",
+    "name",
+    "flags",
+    "texts",
+    "skipped",
+    "changed",
+    "no_effect",
+    "first_difference_median",
+    "reason",
+)
 _KEPT += (
     "perplexity_mean",
     "distinct_1_mean",

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
 import torch
 
@@ -65,7 +66,8 @@ class Sweep:
 
     def __init__(self, plan: Plan, store: Store, load: Callable[[], tuple[Subject, object]]):
         self.plan, self.store, self._load = plan, store, load
-        self.subject = self.tokenizer = None
+        self.subject: Subject | None = None
+        self.tokenizer: Any = None
         self._perplexities: dict[tuple, float] = {}
         self.found = Found()
         # All of them before any work: one that was asked otherwise must stop the sweep before it begins.
@@ -81,7 +83,7 @@ class Sweep:
         """Runs that are not on disk, those among them that will be skipped."""
         return sum(record is None for record in self.done.values())
 
-    def run(self, begin: Callable[[str], None], options_done: Callable[[str, list[dict]], None]) -> list[dict]:
+    def run(self, begin: Callable[[str], None], options_done: Callable[[str, list[dict]], object]) -> list[dict]:
         """The rows of all options; each option's as soon as it is done. `begin` is told what begins."""
         threads, rows = torch.get_num_threads(), []
         try:

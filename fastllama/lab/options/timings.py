@@ -26,7 +26,11 @@ class Timings:
 
     def as_dict(self) -> dict:
         """JSON-ready: load_ms, total_ms, and for each phase its ms, count, ms a token, tokens a second."""
-        found = {"load_ms": self.load_ms, "total_ms": self.total_ms, "total_count": self.total_tokens}
+        found: dict[str, float | None] = {
+            "load_ms": self.load_ms,
+            "total_ms": self.total_ms,
+            "total_count": self.total_tokens,
+        }
         for name in (*PHASES, "total"):
             if name == "total":
                 ms, count = self.total_ms, self.total_tokens
@@ -59,7 +63,9 @@ class Stopwatch:
     """Adds up phases: a lap is what passed since the last one, the device's work included."""
 
     def __init__(self, device: torch.device):
-        self.device, self.seconds, self.counts = device, {}, {}
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
         synchronize(device)
         self.start = self._last = time.perf_counter()
 

@@ -81,7 +81,7 @@ def _seconds(value: float | None) -> str:
 
 def _notes(point: dict, is_random: bool) -> list:
     baseline = point["baseline"]
-    lines = [] if baseline is None else [f"vanilla's path: {baseline['path']}"]
+    lines: list[str | Text] = [] if baseline is None else [f"vanilla's path: {baseline['path']}"]
     if "assisted" in point:
         lines.append(f"assisted, {assistance(point)}: {assisted.told(point)}")
         lines.append(
@@ -135,7 +135,7 @@ def point_table(point: dict, is_random: bool) -> Group:
         ("parity", "left"),
         ("speed-up\n(decode)", "right"),
     ):
-        table.add_column(name, justify=justify, no_wrap=True)
+        table.add_column(name, justify="left" if justify == "left" else "right", no_wrap=True)
     if point["baseline"] is not None:
         table.add_row(*_row(point, baseline=True))
     if "assisted" in point:

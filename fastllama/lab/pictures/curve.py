@@ -3,6 +3,7 @@
 matplotlib is an extra and is imported where it is needed.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -32,7 +33,7 @@ def _belongs(point: dict) -> bool:
     return bool(point["row_tok_per_s"] and point["baseline"]["row_tok_per_s"] and point["ceiling_gb_per_s"])
 
 
-def points(records: list[dict], lines: list[dict] = ()) -> list[dict]:
+def points(records: list[dict], lines: Sequence[dict] = ()) -> list[dict]:
     """Of each machine, model and dtype the newest point of one row with vanilla beside it.
 
     records: as record.read_all gives; lines: of a suite file, whose points count with the time of their line.
@@ -119,8 +120,8 @@ def curve(drawn: list[dict], path: Path) -> Path:
         style = {"marker": canvas.style(index)["marker"], "linestyle": "none"}
         name = "fastllama" if len(machines) == 1 else f"fastllama, {machine}"
         axes.plot(xs, [ours[place] for place in mine], **style, color=canvas.INK, markersize=7, label=name)
-        name = None if index else canvas.VANILLA
-        hollow = {"color": canvas.GRAY, "markerfacecolor": "white", "markersize": 6, "label": name}
+        beside = None if index else canvas.VANILLA
+        hollow = {"color": canvas.GRAY, "markerfacecolor": "white", "markersize": 6, "label": beside}
         axes.plot(xs, [vanilla[place] for place in mine], **style, **hollow)
     axes.set_ylim(bottom=min(*ours, *vanilla) / 3)
     axes.set_xlabel("bytes that a token must read")

@@ -114,8 +114,8 @@ def draw(found: Swept, path: Path, figure: str, more: Callable | None = None) ->
     axes.grid(axis="y", color=canvas.GRID, lw=0.6)
     axes.set_axisbelow(True)
     axes.set_xlabel(found.label)
-    words, known = FIGURES[figure]
-    axes.set_ylabel(f"{words}: median, smallest, largest" if known else words)
+    label, known = FIGURES[figure]
+    axes.set_ylabel(f"{label}: median, smallest, largest" if known else label)
     axes.set_title(_title(found), fontsize=9, loc="left")
     # Ours first, then what stands beside it.
     order = [*ours, canvas.VANILLA]

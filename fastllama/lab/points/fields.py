@@ -2,51 +2,77 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
+from typing import Any
 
 _TIME = re.compile(r"20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", re.ASCII)
 _LARGEST = 2**63  # what a database's integers hold
 
 
+class Kind:
+    """A kind of value: called with one, whether it is of the kind; `wanted` says in words what is."""
+
+    def __init__(self, holds: Callable[[Any], object], wanted: str):
+        self._holds, self.wanted = holds, wanted
+
+    def __call__(self, value) -> bool:
+        return bool(self._holds(value))
+
+
+def wants(words: str) -> Callable[[Callable[[Any], object]], Kind]:
+    """Makes a function a kind."""
+    return lambda holds: Kind(holds, words)
+
+
+@wants("a finite number that is not negative")
 def number(value) -> bool:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     return 0 <= value <= 1e300  # false for NaN and infinity; an int too large for a float compares safely
 
 
+@wants("a whole number that is not negative")
 def count(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+@wants("a whole number above zero")
 def size(value) -> bool:
     return count(value) and value > 0
 
 
+@wants("a whole number that is not negative, of at most 63 bits")
 def small_count(value) -> bool:
     return count(value) and value < _LARGEST
 
 
+@wants("a whole number above zero, of at most 63 bits")
 def small_size(value) -> bool:
     return size(value) and value < _LARGEST
 
 
+@wants("a string")
 def text(value) -> bool:
     return isinstance(value, str)
 
 
+@wants("a string that is not empty")
 def name(value) -> bool:
     return isinstance(value, str) and value.strip() != ""
 
 
+@wants("an object")
 def object_(value) -> bool:
     return isinstance(value, dict)
 
 
+@wants("true or false")
 def flag(value) -> bool:
     return isinstance(value, bool)
 
 
+@wants("a string, a finite number, true, false or null")
 def scalar(value) -> bool:
     """A JSON value that holds no other; numbers are finite, and integers of 63 bits."""
     if isinstance(value, float):
@@ -56,6 +82,7 @@ def scalar(value) -> bool:
     return value is None or isinstance(value, str)
 
 
+@wants("a UTC time such as 2026-01-31T12:00:00+00:00")
 def time(value) -> bool:
     if not isinstance(value, str) or not _TIME.fullmatch(value):
         return False
@@ -66,50 +93,23 @@ def time(value) -> bool:
     return True
 
 
-number.wanted = "a finite number that is not negative"
-count.wanted = "a whole number that is not negative"
-size.wanted = "a whole number above zero"
-small_count.wanted = "a whole number that is not negative, of at most 63 bits"
-small_size.wanted = "a whole number above zero, of at most 63 bits"
-text.wanted = "a string"
-name.wanted = "a string that is not empty"
-object_.wanted = "an object"
-flag.wanted = "true or false"
-scalar.wanted = "a string, a finite number, true, false or null"
-time.wanted = "a UTC time such as 2026-01-31T12:00:00+00:00"
-
-
-def word(*allowed: str) -> Callable:
+def word(*allowed: str) -> Kind:
     """One of these strings."""
-
-    def check(value) -> bool:
-        return isinstance(value, str) and value in allowed
-
-    check.wanted = "one of " + ", ".join(allowed)
-    return check
+    return Kind(lambda value: isinstance(value, str) and value in allowed, "one of " + ", ".join(allowed))
 
 
-def matching(pattern: str, wanted: str) -> Callable:
+def matching(pattern: str, wanted: str) -> Kind:
     """A string of which all matches the regular expression."""
     compiled = re.compile(pattern, re.ASCII)
-
-    def check(value) -> bool:
-        return isinstance(value, str) and compiled.fullmatch(value) is not None
-
-    check.wanted = wanted
-    return check
+    return Kind(lambda value: isinstance(value, str) and compiled.fullmatch(value) is not None, wanted)
 
 
-def or_null(check: Callable) -> Callable:
-    """What `check` takes, or null."""
-
-    def either(value) -> bool:
-        return value is None or check(value)
-
-    either.wanted = f"{check.wanted}, or null"
-    return either
+def or_null(kind: Kind) -> Kind:
+    """What `kind` takes, or null."""
+    return Kind(lambda value: value is None or kind(value), f"{kind.wanted}, or null")
 
 
+samples = Kind(lambda value: isinstance(value, list), "a list of samples")
 hash8 = matching(r"[0-9a-f]{8}", "8 hexadecimal digits")
 sha256 = matching(r"[0-9a-f]{64}", "64 hexadecimal digits")
 
@@ -120,7 +120,7 @@ def show(value) -> str:
     return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
-def check(value: dict, table: dict[str, Callable], prefix: str = "", closed: bool = False) -> None:
+def check(value: dict, table: Mapping[str, Kind], prefix: str = "", closed: bool = False) -> None:
     """ValueError naming the first field that is missing or of a wrong kind; with `closed`, also one not in `table`."""
     for field, kind in table.items():
         if field not in value:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from types import NoneType
-from typing import get_args
+from typing import Any, get_args
 
 import fastllama
 from fastllama.lab.points.assistance import Assistance
@@ -65,7 +65,7 @@ def _kinds(hint) -> tuple[type, ...]:
     return get_args(hint) or (hint,)
 
 
-def _require(holds: Callable[[object], bool]) -> Callable[[object], None]:
+def _require(holds: Callable[[Any], bool]) -> Callable[[Any], None]:
     def refuse(value) -> None:
         if not holds(value):
             raise ValueError
@@ -105,6 +105,13 @@ def _of_table(cls, place: str, table: dict) -> list[Option]:
     ]
 
 
+def _refusing(refuse: Callable[[str, Any], object], name: str) -> Callable[[Any], None]:
+    def check(value) -> None:
+        refuse(name, value)
+
+    return check
+
+
 def _of_values(cls, place: str, refuse=None) -> list[Option]:
     """A validated dataclass refuses by itself, or `refuse(name, value)` what no other value could make allowed."""
     refuse = refuse or (lambda name, value: cls(**{name: value}))
@@ -115,7 +122,7 @@ def _of_values(cls, place: str, refuse=None) -> list[Option]:
             _kinds(part.type),
             part.default,
             part.metadata["allowed"],
-            lambda value, name=part.name: refuse(name, value) and None,
+            _refusing(refuse, part.name),
         )
         for part in fields(cls)
     ]

@@ -74,7 +74,7 @@ def source_text(workload: Workload) -> str:
     return held_out_text() if workload.prompt_file is None else read_text(workload.prompt_file, "prompt file")
 
 
-def read_text(file: str, kind: str) -> str:
+def read_text(file: str | Path, kind: str) -> str:
     """The content of a file, which messages call a `kind`. Raises `FileNotFoundError`, or `ValueError` if not UTF-8."""
     path = Path(file)
     if not path.is_file():

@@ -113,7 +113,7 @@ def _fill(results: Results, lines: list[Asked], point: Point) -> str:
 
     def keep(place: int, result: Generated) -> None:
         line = left[place]
-        results.add(line.index, _entry(line, result, tokenizer.decode(result.ids, skip_special_tokens=True)))
+        results.add(line.index, _entry(line, result, str(tokenizer.decode(list(result.ids), skip_special_tokens=True))))
 
     try:
         made, seconds = generate(model, sizes, prompts, limits, on_result=keep)

@@ -69,8 +69,8 @@ def serve(model, point: Point, system: list[int], requests: list[list[int]], lim
     # A place that becomes free is taken at once, by the requests in their order.
     client = {place: place for place in range(min(clients, len(prompts)))}
     began = dict.fromkeys(client, 0.0)
-    for (before, when), place in zip(ended, range(clients, len(prompts)), strict=False):
-        client[place], began[place] = client[before], when
+    for (before, then), place in zip(ended, range(clients, len(prompts)), strict=False):
+        client[place], began[place] = client[before], then
     when = dict(ended)
     return [
         Served(

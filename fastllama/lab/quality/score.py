@@ -74,16 +74,16 @@ def _perplexity_of(surprise_T: torch.Tensor) -> float:
     return math.exp(mean)
 
 
+@fields.wants("a finite number that is not below 1")
 def _perplexity(value) -> bool:
     return fields.number(value) and value >= 1
 
 
+@fields.wants("a number from 0 to 1")
 def _share(value) -> bool:
     return fields.number(value) and value <= 1
 
 
-_perplexity.wanted = "a finite number that is not below 1"
-_share.wanted = "a number from 0 to 1"
 _FIELDS = {
     "perplexity": _perplexity,
     "reference_perplexity": _perplexity,

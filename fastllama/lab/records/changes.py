@@ -112,7 +112,7 @@ def times_vanilla(record: dict) -> str:
 
 def own_rows(records: list[dict]) -> list[dict]:
     """Of each commit, machine and workload the first record: what the commit is, without switches tried beside it."""
-    first = {}
+    first: dict[tuple, dict] = {}
     for record in records:
         first.setdefault((record["commit"], figures.machine_name(record), figures.workload(record)), record)
     return list(first.values())

@@ -6,6 +6,7 @@ A point's row, a row per run, and a row per value of each option that varies. Un
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 from fastllama import FastConfig
 from fastllama.lab.points import figures
@@ -29,10 +30,11 @@ class Column:
 
 def _at(*path: str) -> Callable:
     def value(point: dict):
+        found: Any = point
         for name in path:
-            point = None if point is None else point.get(name)
+            found = None if found is None else found.get(name)
         # A cell holds one value: what holds others is shown as its JSON.
-        return json.dumps(point, sort_keys=True) if isinstance(point, (dict, list)) else point
+        return json.dumps(found, sort_keys=True) if isinstance(found, (dict, list)) else found
 
     return value
 
@@ -90,7 +92,7 @@ _MEASURED = [
     Column("vanilla_path", str, "parity", _at("baseline", "path")),
     *_plain("parity", str, "text_sample"),
 ]
-_KINDS = {int | None: int, float | None: float}
+_KINDS: dict[Any, type] = {int | None: int, float | None: float}
 _ASSISTANCE = [  # of points that have any
     Column(part.name, _KINDS.get(part.type, str), "options", _at("assisted", part.name)) for part in fields(Assistance)
 ]

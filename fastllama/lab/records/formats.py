@@ -135,8 +135,9 @@ def _drawn(title: str, columns: list[_Shown], markdown: bool) -> Group:
     drawn = RichTable(box=box.MARKDOWN if markdown else box.SIMPLE_HEAD, padding=(0, 1) if markdown else (0, 1, 0, 0))
     for shown in columns:
         name = shown.column.name
-        justify = "right" if shown.column.kind in (int, float) else "left"
-        drawn.add_column(Text(name if markdown else _head(name)), justify=justify, overflow="fold")
+        is_number = shown.column.kind in (int, float)
+        head = Text(name if markdown else _head(name))
+        drawn.add_column(head, justify="right" if is_number else "left", overflow="fold")
     for cells in zip(*(shown.cells(markdown) for shown in columns), strict=True):
         drawn.add_row(*map(Text, cells))  # not as markup: a path may hold brackets
     return Group(Text(f"## {title}" if markdown else title, "" if markdown else "bold"), drawn, Text(""))

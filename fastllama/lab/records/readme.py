@@ -131,7 +131,7 @@ _RESULT_RIGHT = (
 
 def result(records: list[dict], root: Path = ROOT) -> str:
     """A table per machine: of each model and dtype the newest commit's row that has vanilla beside it."""
-    newest = {}
+    newest: dict[str, dict[tuple, dict]] = {}
     for record in own_rows(records):
         if record["baseline"] is not None and record["switches"]["preallocate"] and "assisted" not in record:
             key = (record["model"], record["dtype"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastllama.lab.pages import board
 from fastllama.lab.records import changes, digest, git, schema, words
-from fastllama.lab.records.sources import ROOT, source_sha256
+from fastllama.lab.records.sources import ROOT, require_clone, source_sha256
 
 __all__ = ["check_recordable", "read", "read_all", "save", "source_sha256", "verify"]
 
@@ -19,8 +19,7 @@ def check_recordable(commit: str | None = None, root: Path = ROOT) -> str:
     `commit` is not HEAD, or, in a folder without .git, `commit` is missing or is not a full sha.
     """
     root = Path(root)
-    if not (root / "run_llama.py").is_file():
-        raise ValueError(f"records are kept in the repository, and {root} is not one (it has no run_llama.py)")
+    require_clone(root)
     if not git.is_repository(root):
         if commit is None:
             raise ValueError(f"{root} has no .git, so name the commit that this tree is a copy of with --commit SHA")

@@ -1,9 +1,11 @@
 """Schema 2 of points and records: everything a later reader needs, no field unknown, sealed by a digest."""
 
 from statistics import median
+from typing import Any
 
 from fastllama.lab.measuring import assisted
 from fastllama.lab.points.fields import (
+    Kind,
     agree,
     check,
     flag,
@@ -18,6 +20,7 @@ from fastllama.lab.points.fields import (
     small_count,
     small_size,
     text,
+    wants,
     word,
 )
 from fastllama.lab.quality import score
@@ -27,7 +30,7 @@ from fastllama.lab.records.schema1 import COMPILES, DTYPES, PARITIES, ratio
 # Figures are stored as they were computed; another order of the same sums may change the last digits.
 _EXACT = 1e-9, 1e-12
 
-_MEASURED = {
+_MEASURED: dict[str, Any] = {
     "path": name,
     "tok_per_s": number,
     "decode_tok_per_s": or_null(number),
@@ -41,7 +44,10 @@ _MEASURED = {
     "max_reserved_mb": number,
     "mapped_weights_mb": or_null(number),
 }
-_POINT = {
+_NUMBERS = Kind(
+    lambda value: isinstance(value, list) and value and all(map(number, value)), "a list of at least one number"
+)
+_POINT: dict[str, Any] = {
     "schema": small_count,
     "model": name,
     "dtype": word(*DTYPES),
@@ -65,7 +71,7 @@ _POINT = {
     "prompt_hash": hash8,
     "step_bytes": small_size,
     "read_gb_per_s": or_null(number),
-    "ceiling_runs_gb_per_s": lambda value: isinstance(value, list) and value and all(map(number, value)),
+    "ceiling_runs_gb_per_s": _NUMBERS,
     "ceiling_gb_per_s": number,
     "ceiling_fraction": or_null(number),
     "distinct_tokens": small_size,
@@ -75,7 +81,6 @@ _POINT = {
     "source_sha256": sha256,
     "digest": sha256,
 }
-_POINT["ceiling_runs_gb_per_s"].wanted = "a list of at least one number"
 ENVIRONMENT = {
     "cpu": name,
     "cores": small_size,
@@ -109,15 +114,18 @@ LOSSY_SWITCHES = ("weights", "cache_k", "cache_v", "context_shift", "keep", "grp
 LOSSY_OFF = {"context_shift": False, "keep": 0, "grp_attn_n": 1, "grp_attn_w": 512}
 # A point without a sampler took the likeliest token. A lossy one has a score, or the reason why there is none.
 # predicted_mb: 10^6 bytes, before anything was loaded. assisted: lab/measuring/assisted.py says more.
-_OPTIONAL = {"sampler": object_, "score": or_null(object_), "not_scored": or_null(name), "predicted_mb": number}
+_OPTIONAL: dict[str, Any] = {
+    "sampler": object_,
+    "score": or_null(object_),
+    "not_scored": or_null(name),
+    "predicted_mb": number,
+}
 _OPTIONAL["assisted"] = object_
 
 
+@wants("a string without a path")
 def _no_path(value) -> bool:
     return isinstance(value, str) and not {"/", "\\"} & set(value)
-
-
-_no_path.wanted = "a string without a path"
 
 
 def _check_switches(point: dict) -> None:

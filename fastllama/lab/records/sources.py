@@ -5,12 +5,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
 
+# A clone has both, and an installed copy only the first.
 _TOP_LEVEL = ("run_llama.py", "setup.py")
 _PACKAGE = "fastllama/"
 # Prompts, tokenizer and weights decide a hash and a speed as much as the code does.
 _SUFFIXES = (".py", ".safetensors", ".json", ".txt", ".cpp", ".h")
 # Records of schema 1 were hashed without the C++ sources, and are verified so.
 _SUFFIXES_1 = (".py", ".safetensors", ".json", ".txt")
+
+
+def require_clone(root: Path, kept: str = "records are kept") -> None:
+    """ValueError, one sentence, where `root` is no tree of the repository but, say, where a package is installed."""
+    # With git at hand a file that was removed is a change, and whoever asks about changes will say so.
+    for name in _TOP_LEVEL[:1] if (Path(root) / ".git").exists() else _TOP_LEVEL:
+        if not (Path(root) / name).is_file():
+            raise ValueError(f"{kept} in a clone of the repository, and {root} is not one (it has no {name})")
 
 
 def is_source(path: str, schema: int = 2) -> bool:

@@ -78,7 +78,7 @@ def varying(points: list[dict]) -> list[Column]:
 def _options(points: list[dict]) -> list[dict]:
     rows = []
     for column in varying(points):
-        groups = {}
+        groups: dict[tuple, list[dict]] = {}
         for point in points:
             value = column.value(point)
             groups.setdefault((type(value), value), []).append(point)

@@ -20,7 +20,7 @@ from fastllama.lab.measuring import environment
 from fastllama.lab.measuring.progress import progress
 from fastllama.lab.points import figures
 from fastllama.lab.records import git, record
-from fastllama.lab.records.sources import ROOT
+from fastllama.lab.records.sources import ROOT, require_clone
 from fastllama.lab.suite import suite_file
 from fastllama.lab.suite.line import Line, Measured, judge
 from fastllama.lab.suite.suite_lines import LINES
@@ -58,7 +58,8 @@ def choose(lines: tuple[Line, ...], quick: bool = False, only: list[str] | None 
     if unknown:
         raise ValueError(f"there is no {'quick ' if quick else ''}line {unknown[0]!r}; there are {', '.join(known)}")
     chosen = [line for line in lines if line.name in (only or known)]
-    return [(line, replace(line.case_of(quick), **({"runs": runs} if runs else {}))) for line in chosen]
+    cases = [(line, line.case_of(quick)) for line in chosen]
+    return [(line, replace(case, runs=runs or case.runs)) for line, case in cases]
 
 
 def _state(commit: str | None, root: Path) -> tuple[str | None, str]:
@@ -192,6 +193,8 @@ def _run(options: argparse.Namespace, root: Path) -> int:
         return 0
     if options.device == "gpu" and not torch.cuda.is_available():
         raise ValueError("this machine has no GPU that torch can use: run the suite with cpu")
+    if root == ROOT:
+        require_clone(root, "the suite's figures are kept")
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -110,7 +110,8 @@ def beside_transformers(case: AssistedCase, device: str) -> Measured:
     task = _task(case, device, case.tasks)
     contestants = run.load(task)
     ours, plain = contestants[:2]
-    checks, kept = [], {"ours": [], "transformers": []}
+    checks = []
+    kept: dict[str, list[list[float]]] = {"ours": [], "transformers": []}
     try:
         theirs = _theirs(task, plain)
         for example in task.examples:
@@ -147,7 +148,8 @@ _GAIN = "speedup_end_to_end"
 
 
 def _quick(**changes) -> AssistedCase:
-    return AssistedCase(**{"model": "demo", "dtype": "fp32", "assistance": _DRAFT, "tasks": ("decode",)} | changes)
+    case = AssistedCase("demo", "fp32", assistance=_DRAFT, tasks=("decode",))
+    return replace(case, **changes)
 
 
 CPU = (

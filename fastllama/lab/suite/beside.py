@@ -6,7 +6,7 @@ from fastllama.lab.measuring import measure
 from fastllama.lab.points.point import Point
 from fastllama.lab.records import digest
 from fastllama.lab.suite.line import NOT_COMPARED, Case, Measured
-from fastllama.lab.sweeping import sweep
+from fastllama.lab.sweeping import plan
 
 
 class Alone(Point):
@@ -79,7 +79,7 @@ def compiled_vanilla(case: Case, device: str) -> Measured:
 def batch_curve(case: Case, device: str) -> Measured:
     """Decode speed of all rows per batch size, with vanilla beside each."""
     figures, points = {}, []
-    for size in sweep.BATCH_SIZES:
+    for size in plan.NAMED["batch"][1]:
         record = _point(case.point(device, batch_size=size))
         figures[f"decode_tok_per_s_{size}"] = record["decode_tok_per_s"]
         figures[f"decode_speedup_{size}"] = record["decode_speedup"]

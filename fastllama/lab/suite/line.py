@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from fastllama.lab.measuring.parity import HALF_DTYPES, VERDICTS, worst
 from fastllama.lab.points.point import Point
@@ -91,7 +92,7 @@ class Line:
     name: str
     words: str
     asked: tuple[Bound, ...]
-    measure: Callable[[Case, str], Measured]
+    measure: Callable[[Any, str], Measured]  # with a case of the class that it was made for
     case: Case
     quick: Case | None = None
 

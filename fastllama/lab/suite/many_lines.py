@@ -97,7 +97,8 @@ class _Race:
 
     def run_vanilla(self, order: list[int]) -> tuple[list[list[int]], float]:
         """Batches of neighbours in `order`, each as long as its longest limit."""
-        rival, made, seconds = Contestant("vanilla", self.vanilla), {}, 0.0
+        rival, seconds = Contestant("vanilla", self.vanilla), 0.0
+        made: dict[int, list[int]] = {}
         for batch in _batches(order, self.case.batch_size):
             prompt = padded([self.prompts[place] for place in batch], self.pad)
             ids, taken = rival.generate(prompt, max(self.limits[place] for place in batch))
@@ -143,7 +144,8 @@ def beside_batches(case: ManyCase, device: str) -> Measured:
     }
     if case.by_limit:
         runners["vanilla_by_limit"] = lambda: race.run_vanilla(race.by_limit())
-    taken, made = {name: [] for name in runners}, {}
+    taken: dict[str, list[float]] = {name: [] for name in runners}
+    made = {}
     try:
         _warm_up(race)
         for turn in range(case.runs):

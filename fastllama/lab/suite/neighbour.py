@@ -117,7 +117,7 @@ class Neighbour:
     def __init__(self, name: str, path: Path, prompt: Prompt, cache_length: int):
         _, self._library = require()
         self.name, self.prompt, self.cache_length = name, prompt.input_ids[0].tolist(), cache_length
-        self.used = None
+        self.used: int | None = None
         library, threads = self._library, torch.get_num_threads()
         library.llama_log_set(_silent(library), ctypes.c_void_p(0))
         library.llama_backend_init()

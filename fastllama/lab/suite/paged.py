@@ -1,6 +1,7 @@
 """transformers' own continuous batching, as its manager runs it: what ours is measured beside."""
 
 import time
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,7 +41,7 @@ def generate(
         max_batch_tokens=_PASS_TOKENS,
         max_requests_per_batch=rows,
     )
-    found = {}
+    found: dict[str, Any] = {}
     with (
         torch.no_grad(),
         model.continuous_batching_context_manager(generation_config=config, continuous_batching_config=how) as manager,

@@ -7,10 +7,11 @@ import gc
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
+from typing import Protocol
 
 import torch
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -60,11 +61,19 @@ class Lane:
         return median(taken)
 
 
-def take_turns(lanes: list[Lane], rounds: int) -> dict[str, list[float]]:
+class Timed(Protocol):
+    """What takes turns: `seconds(steps)` is the median of so many steps."""
+
+    name: str
+
+    def seconds(self, steps: int = ...) -> float: ...
+
+
+def take_turns(lanes: Sequence[Timed], rounds: int) -> dict[str, list[float]]:
     """Seconds of a step of each lane, one median per round; a first round is not counted."""
     for lane in lanes:
         lane.seconds(2)
-    taken = {lane.name: [] for lane in lanes}
+    taken: dict[str, list[float]] = {lane.name: [] for lane in lanes}
     for _ in range(rounds):
         for lane in lanes:
             taken[lane.name].append(lane.seconds())
@@ -83,7 +92,7 @@ class Stable:
         self.case, self.device = case, torch.device(device)
         self.found = checkpoint.find(case.model, case.point(device).torch_dtype)
         self.tokenizer = checkpoint.tokenizer(self.found)
-        self.models = []
+        self.models: list[fastllama.LlamaForCausalLM] = []
 
     def prompt(self, rows: int, length: int) -> Prompt:
         """R rows of exactly P tokens of text."""
@@ -216,7 +225,7 @@ def rival(case: Case, device: str) -> Measured:
     """Time of a step while another process keeps one processor busy, over that without it."""
     with stable(case, device) as held:
         lane = held.lane("alone", 1, case.prompt_length, 2 * case.prompt_length)
-        taken = {"alone": [], "beside": []}
+        taken: dict[str, list[float]] = {"alone": [], "beside": []}
         lane.seconds(2)
         for _ in range(case.runs):
             taken["alone"].append(lane.seconds())

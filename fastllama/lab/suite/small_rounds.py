@@ -1,6 +1,7 @@
 """Lines of low precision: small weights and small caches beside the model's own floats, in turns."""
 
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -64,7 +65,8 @@ def weights(case: Case, device: str) -> Measured:
 
 def beside_llama_cpp(case: Case, device: str) -> Measured:
     """A step with int8 weights beside llama.cpp's on q8_0, and with int4 beside its q4_0; each pair in turns."""
-    figures, samples = {}, {}
+    figures = {}
+    samples: dict[str, list[float]] = {}
     length, cache_length = case.prompt_length, case.prompt_length + _SPARE
     for name, theirs in {"int8": "Q8_0", "int4": "Q4_0"}.items():
         with stable(case, device) as held:
@@ -118,7 +120,7 @@ def kept_quality(case: Case, device: str) -> Measured:
 
 def long_context(case: Case, device: str) -> Measured:
     """int4 weights and an int8 cache at a long context: the peak, and a step beside one over floats in the cache."""
-    switches = {**case.switches, "weights": "int4", "cache_k": "int8", "cache_v": "int8"}
+    switches: dict[str, Any] = {**case.switches, "weights": "int4", "cache_k": "int8", "cache_v": "int8"}
     length = case.prompt_length
     work = Workload(1, length, 1)
     point = Point(case.model, case.dtype, device, work, True, switches, length + _SPARE)

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from fastllama.lab.records.sources import ROOT
 from fastllama.lab.records.words import LOGS
@@ -13,7 +14,7 @@ SCHEMA = 1
 FOLDER = f"{LOGS}/suite"
 DIRTY = "dirty"
 _NAME = re.compile(r"(cpu|gpu)-(\d{3,6})-([0-9a-f]{7}|dirty)\.jsonl")
-_FIELDS = {
+_FIELDS: dict[str, Any] = {
     "line": str,
     "what": str,
     "device": str,

@@ -4,6 +4,8 @@ Ours is always preallocated, with the native step on a CPU and compiled static o
 vanilla is transformers' own class, eager, in turns with ours.
 """
 
+from typing import Any
+
 from fastllama.lab.measuring import start
 from fastllama.lab.suite import assisted_lines, beside, many_lines, rounds, small_rounds
 from fastllama.lab.suite.line import Bound, Case, Line
@@ -50,7 +52,7 @@ _CACHE_BOUNDS = (
 _SAME_FUNCTION = (_most("int8_logits_apart", 0.05), _most("int4_logits_apart", 0.3))
 
 # What several rows are fastest with; one row is faster with the native step.
-_PACKED = {"compile": "static", "products": "packed"}
+_PACKED: dict[str, Any] = {"compile": "static", "products": "packed"}
 
 CPU = (
     Line(

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from fastllama.lab.measuring import checkpoint
 from fastllama.lab.points import option
@@ -79,7 +80,7 @@ def _read_toml(path: Path) -> dict:
     try:
         import tomllib
     except ModuleNotFoundError:  # Python 3.10
-        import tomli as tomllib
+        import tomli as tomllib  # type: ignore[no-redef]
     if not path.is_file():
         raise FileNotFoundError(f"there is no sweep file {path}")
     try:
@@ -152,7 +153,9 @@ def make(given: dict, sweeps: list[str], defaults: dict[str, list], runs: int, w
     """
     lists = {name: _list(OPTIONS[name], given[name]) for name in _SIZES if name in given}
     fixed = {name: OPTIONS[name].value(value) for name, value in given.items() if name not in lists}
-    kinds, swept, cases = [], {}, []
+    kinds = []
+    swept: dict[str, Any] = {}
+    cases: list[dict] = []
     for word in sweeps:
         kind, axes, values, found = _of_word(word)
         kinds.append(kind)

@@ -20,11 +20,14 @@ def measure(target, draft, prompt: Prompt, cache_length: int) -> dict:
     Medians of turns behind `prompt`, one row. verify_s: by the number of tokens, as a word.
     """
     room = cache_length - prompt.input_ids.shape[1]
-    lanes = {size: Lane(f"verify_{size}", target, prompt, cache_length, size) for size in (1, *_SIZES)}
-    lanes = {size: lane for size, lane in lanes.items() if room // size > 1 and size <= prompt.input_ids.shape[1]}
+    lanes: dict[int | str, Lane] = {
+        size: Lane(f"verify_{size}", target, prompt, cache_length, size) for size in (1, *_SIZES)
+    }
+    held = prompt.input_ids.shape[1]
+    lanes = {size: lane for size, lane in lanes.items() if room // int(size) > 1 and int(size) <= held}
     if draft is not None:
         lanes["draft"] = Lane("draft", draft, prompt, cache_length)
-    taken = {name: [] for name in lanes}
+    taken: dict[int | str, list[float]] = {name: [] for name in lanes}
     for _ in range(_ROUNDS):
         for name, lane in lanes.items():
             lane.used = None  # lanes of one model begin anew

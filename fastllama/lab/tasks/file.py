@@ -16,6 +16,7 @@ from fastllama.lab.points.fields import (
     object_,
     only_once,
     or_null,
+    samples,
     scalar,
     sha256,
     small_count,
@@ -47,7 +48,7 @@ _LINE = {
     "sampler": object_,
     "switches": object_,
     "path": name,
-    "runs": lambda value: isinstance(value, list),
+    "runs": samples,
     "tok_per_s": number,
     "decode_tok_per_s": or_null(number),
     "ttft_ms": number,
@@ -65,7 +66,6 @@ _LINE = {
     "source_sha256": sha256,
     "digest": sha256,
 }
-_LINE["runs"].wanted = "a list of samples"
 
 
 def check_line(line, where: str) -> dict:

@@ -31,7 +31,11 @@ DECODE = (
 
 # Edits and summaries of functions of the held-out files. So small a model does not repeat every input when it is
 # asked to: these are functions whose edit it does write out of the input.
-_RENAMED = (("calendar", "itermonthdays3"), ("fractions", "_sub"), ("textwrap", "_fix_sentence_endings"))
+_RENAMED: tuple[tuple[str, str], ...] = (
+    ("calendar", "itermonthdays3"),
+    ("fractions", "_sub"),
+    ("textwrap", "_fix_sentence_endings"),
+)
 _RENAMED += (("statistics", "_convert"),)
 _NAMED = (("calendar", "yeardatescalendar"), ("fractions", "_mul"), ("textwrap", "_split"), ("difflib", "set_seq1"))
 _SUMMARISED = (("difflib", "set_seq2"), ("textwrap", "_fix_sentence_endings"))

@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ class Task:
     name: str
     point: Point
     found: Checkpoint
-    tokenizer: object
+    tokenizer: Any
     examples: list[Example]
 
     @property

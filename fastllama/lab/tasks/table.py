@@ -96,8 +96,8 @@ def of(lines: list[dict]) -> Group:
     how = figures.assistance(first) if first["assisted"] is not None else "unassisted"
     shown.title = f"task {first['task']}: {first['model']} {first['dtype']}, {how}, on {first['device']}"
     for place, head in enumerate(HEADS):
-        text, wide = place in (0, len(HEADS) - 1), {"min_width": 12} if place == 0 else {}
-        shown.add_column(head, justify="left" if text else "right", overflow="fold", no_wrap=place > 0, **wide)
+        text, least = place in (0, len(HEADS) - 1), 12 if place == 0 else None
+        shown.add_column(head, justify="left" if text else "right", overflow="fold", no_wrap=place > 0, min_width=least)
     for line in lines:
         shown.add_row(*map(Text, cells(line)), Text(_verdict(line), PARITY_STYLES[line["parity"]]))
     shown.add_section()

@@ -4,8 +4,9 @@ On a CPU a part's time is that of its operators; on an accelerator that of the k
 operator accounts for is the Python between them (with the profiler's own cost), or the wait of the accelerator for it.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch.autograd import DeviceType
 
@@ -32,7 +33,7 @@ class Row:
 
     calls: int = 0
     us: float = 0.0
-    operators: Counter = field(default_factory=Counter)  # microseconds by name
+    operators: Any = field(default_factory=Counter)  # microseconds by name
 
 
 @dataclass
@@ -64,7 +65,7 @@ class _Walk:
     def __init__(self, shape: Shape, on_device: bool):
         self.shape, self.on_device = shape, on_device
         self.rows = {part: Row() for part in PARTS}
-        self.layers_us: Counter = Counter()
+        self.layers_us: dict[int, float] = defaultdict(float)
         self.told_apart = True
 
     def add(self, part: str, costs: list[tuple[str, float]], layer: int | None = None) -> None:
@@ -79,7 +80,7 @@ class _Walk:
 
     def below(self, event, part: str, layer: int | None = None) -> None:
         """The operators that `event` calls, which belong to `part` unless a mark says otherwise."""
-        compiled = []
+        compiled: list = []
         for child in sorted(event.cpu_children, key=_starts):
             if child.name.startswith(PREFIX):
                 inner, _, number = child.name.removeprefix(PREFIX).partition(":")

@@ -7,6 +7,7 @@ calls is part of what it was compiled for: a compiled step has a mark around the
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -69,7 +70,8 @@ def within(function: Callable, event: str) -> Callable:
 def _product(product, event: str):
     """A product, a pair of fused ones or a tuple of parallel ones, marked."""
     if isinstance(product, Fused):
-        return product._replace(joint=within(product.joint.__call__, event))
+        joint: Any = within(product.joint.__call__, event)
+        return product._replace(joint=joint)
     if isinstance(product, Parallel):
         return Parallel(tuple(within(part.__call__, event) for part in product.parts))
     return within(product.__call__, event)
