@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from fastllama import demo
 from fastllama.lab.cli import answer
 from fastllama.lab.cli.command import main
 from fastllama.lab.cli.stream import Detokenizer
+from fastllama.lab.cli.timings import Timings
 from tests.cli import generate
 
 PROMPT = "def main(argv):\n"
@@ -158,8 +160,25 @@ def test_json_is_one_object(capsys, demo_tokenizer):
     assert found["text"] == demo_tokenizer.decode(found["ids"]) and found["finish"] == "length"
     assert found["sampling"] == {"temperature": 0.9, "top_k": 50, "seed": 3}
     assert found["timings"]["eval_tokens"] == 11 and found["timings"]["prompt_tokens"] == len(found["prompt_ids"])
+    assert found["timings"]["sample_tokens"] == 12 and found["timings"]["sample_ms"] > 0
     again = generate(capsys, "-p", PROMPT, "-n", 12, "--temp", 0.9, "-s", 3, "--dtype", "fp32", "--display-prompt")
     assert again.out == PROMPT + found["text"] + "\n"
+    assert re.search(r"^sample +[\d.]+ ms, 12 tokens, .* ms/token", again.err, re.MULTILINE)
+
+
+def test_choosing_is_a_part_of_its_own_of_the_time():
+    now, timings = [100.0], Timings(begun=100.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastllama.lab.cli.timings.time.perf_counter", lambda: now[0])
+        timings.start(5)
+        for passed, chosen in ((3.0, 1.0), (2.0, 0.5), (2.0, 0.5)):
+            now[0] += passed
+            timings.chosen(chosen)
+            timings.token()
+        found = timings.figures()
+    assert (found["sample_ms"], found["sample_tokens"]) == (2000, 3)
+    assert (found["prompt_eval_ms"], found["eval_ms"], found["total_ms"]) == (2000, 3000, 7000)
+    assert "sample       not told apart from the rest of this run" in Timings().lines()
 
 
 def test_several_texts_of_a_prompt(capsys):

@@ -13,8 +13,9 @@ import transformers
 
 import fastllama
 from fastllama.lab.__main__ import main
-from fastllama.lab.options import flags, loop, text_score
+from fastllama.lab.options import flags, loop, split, text_score
 from fastllama.lab.options.reason import Facts, reason
+from fastllama.lab.options.setting import Setting
 from fastllama.lab.options.store import Store
 from fastllama.lab.options.subject import Subject, find
 from fastllama.lab.options.timings import Timings
@@ -288,6 +289,26 @@ def test_each_sequence_has_draws_of_its_own(swept, tiny):
     assert len({tuple(each) for each in served["ids"]}) == 3
     row = read_csv(swept, "many")["many", "one"]
     assert int(row["sequences_tokens"]) == sum(map(len, served["ids"])) and float(row["sequences_tok_per_s_mean"]) > 0
+
+
+def test_mirostat_follows_each_sequence_by_itself(tiny):
+    def asked(words):
+        given = flags.parse(words)
+        values = {**flags.DEFAULTS, "threads": 1, "context": 64, **given}
+        return subject.refuses(Setting("own", "own", words, given), values, 15, 12), values
+
+    subject = Subject(find(tiny, torch.float32), torch.float32, CPU, "no", tiny)
+    why, values = asked("--mirostat 2 --mirostat-ent 3 -np 2 -ns 3")
+    assert why is None
+    ids, threads = list(range(5, 20)), torch.get_num_threads()
+    subject.reserve(values, False, 2)
+    served = split.sequences(subject, ids, values, 12, SEED)
+    subject.reserve(values, False)
+    expected = [loop.run(subject, ids, flags.sampling(values, SEED + row), 12).ids for row in range(3)]
+    torch.set_num_threads(threads)
+    assert served.ids == expected and len(set(map(tuple, expected))) == 3
+    assert "-ps proposes tokens that may not stand" in asked("--mirostat 2 -ps 0.2")[0]
+    assert "move at different times" in asked("-np 2 -ns 2 -gan 2 -gaw 8")[0]
 
 
 def test_the_second_table_has_the_mean_of_each_setting_and_option(swept):

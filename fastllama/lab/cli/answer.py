@@ -1,11 +1,12 @@
 """One generation: the text of a prompt, or several texts of it."""
 
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 
 import torch
 
 from fastllama.decode.sampling.options import Sampling
-from fastllama.lab.cli import loading, prompt
+from fastllama.lab.cli import loading, prompt, sampling_clock
 from fastllama.lab.cli.chooser import Chooser, stops
 from fastllama.lab.cli.loading import Loaded, Place
 from fastllama.lab.cli.session import Session
@@ -75,13 +76,14 @@ def _one(settings: Settings, place: Place, loaded: Loaded, ids: list[int], new: 
     timings.start(len(ids))
     with explained(f"{settings.run.model}, generating"):
         if new is None:
-            chooser = Chooser(settings.sampling, loaded.eos if settings.run.ignore_eos else ())
+            chooser = Chooser(settings.sampling, loaded.eos if settings.run.ignore_eos else (), timings.chosen)
             ends = stops(place.tokenizer, settings.run.stop_strings)
             session = Session(loaded.model, chooser, loaded.eos, loaded.cache_length, settings.config, ends)
             session.answer(ids, None, take, lambda: False)
             finish = "stop"
         else:
-            generate(settings, place, loaded, ids, 1, new, Collector(take))
+            with sampling_clock.told(loaded.model.device, timings.chosen):
+                generate(settings, place, loaded, ids, 1, new, Collector(take))
             finish = "stop" if made[-1] in loaded.eos or len(made) < new else "length"
     show(detokenizer.end())
     return Answer("".join(pieces), tuple(made), finish)
@@ -93,7 +95,10 @@ def _several(settings, place, loaded, ids, new, rows: int, timings: Timings) -> 
     while left:
         count = min(rows, left)
         timings.start(0)
-        with explained(f"{settings.run.model}, generating"):
+        device = loaded.model.device
+        # A GPU that nobody streams from runs ahead of the choice, and waits for no clock.
+        clock = sampling_clock.told(device, timings.chosen) if device.type == "cpu" else nullcontext()
+        with explained(f"{settings.run.model}, generating"), clock:
             out = generate(settings, place, loaded, ids, count, new, None)
         timings.whole(out[:, len(ids) :].numel())
         left -= count

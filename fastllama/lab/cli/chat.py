@@ -29,7 +29,7 @@ def run(settings: Settings, say, seed: int) -> None:
     loaded = loading.load(settings, place, 1, 1, reserved, None)
     timings.loaded()
     torch.manual_seed(seed)
-    chooser = Chooser(settings.sampling, loaded.eos if settings.run.ignore_eos else ())
+    chooser = Chooser(settings.sampling, loaded.eos if settings.run.ignore_eos else (), timings.chosen)
     ends = stops(place.tokenizer, settings.run.stop_strings)
     session = Session(loaded.model, chooser, loaded.eos, reserved, settings.config, ends)
     asks = _is_terminal() and not settings.run.quiet

@@ -134,8 +134,10 @@ class Subject:
         if "p_split" in setting.given and self.draft is None:
             return f"{flags.SPELLING['p_split']} needs a draft, and {self.source.name} has none: give --draft"
         splits = any(name in setting.given for name in flags.SPLIT)
-        if splits and values["mirostat"]:
-            return "mirostat follows one text, and -np, -ns and -ps run several or propose what may not stand"
+        if "p_split" in setting.given and values["mirostat"]:
+            return "mirostat follows the text as it stands, and -ps proposes tokens that may not stand"
+        if {"parallel", "sequences"} & setting.given.keys() and values["grp_attn_n"] > 1:
+            return "self-extend moves all rows at once, and the sequences of -np and -ns move at different times"
         length, positions = self.context(values), prompt_tokens + new_tokens - 1
         if prompt_tokens >= length:
             return f"the prompt has {prompt_tokens} tokens and the context {length}"
