@@ -178,14 +178,17 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
     def _generate(self, *args, **kwargs):
         self._path, self._assisted = _UNFINISHED, None
         own = own_arguments(kwargs)
-        given = _given_cache.set(kwargs.get("past_key_values") is not None)
         config = args[1] if len(args) > 1 else kwargs.get("generation_config")
-        asked = _asked.set({name: (own | kwargs).get(name, getattr(config, name, None)) for name in ASKED})
+        asked = {name: (own | kwargs).get(name, getattr(config, name, None)) for name in ASKED}
+        before = _given_cache.get(), _asked.get()
         try:
-            result = super().generate(*args, **kwargs)
+            try:
+                _say_call(kwargs.get("past_key_values") is not None, asked)
+                result = super().generate(*args, **kwargs)
+            finally:
+                _say_call(*before)
         finally:
-            _given_cache.reset(given)
-            _asked.reset(asked)
+            _say_call(*before)  # where an interruption kept the first from it
         if self._path is _UNFINISHED:
             self._say_parent("this decoding mode is not sped up")
         return result
@@ -332,6 +335,11 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
 
     def load_state_dict(self, *args, **kwargs):
         return self._rebinding("load_state_dict", functools.partial(super().load_state_dict, *args, **kwargs))
+
+
+def _say_call(given: bool, asked: dict | None) -> None:
+    _given_cache.set(given)
+    _asked.set(asked)
 
 
 def _config_of(draft) -> tuple[FastConfig, ...]:
