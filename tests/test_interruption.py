@@ -207,7 +207,7 @@ def test_loading_in_few_bits(tmp_path):
         fast = fastllama.FastConfig(weights="int8")
         return fastllama.LlamaForCausalLM.from_pretrained(tmp_path, fast=fast) and None
 
-    for lines in spread(work, 12, "model/small_loading"):
+    for lines in spread(work, 12, "model/small_loading", event="call"):
         with contextlib.suppress(ValueError):  # transformers words what its reading threads raised
             interrupt(lines, work)
         assert known == AUTO_QUANTIZER_MAPPING
