@@ -26,6 +26,7 @@ from fastllama.decode.sampling import call as sampling_call
 from fastllama.decode.sampling.options import Sampling
 from fastllama.decode.support import call_obstacle, model_obstacle
 from fastllama.decode.switches import switched
+from fastllama.decode.turn import if_free, in_turn, require_free
 from fastllama.model.config import FastConfig
 from fastllama.model.small_linear import held_format
 from fastllama.model.small_loading import known_to_transformers, quantised_by
@@ -35,6 +36,7 @@ logger = logging.get_logger("fastllama")
 _given_cache: ContextVar[bool] = ContextVar("given_cache", default=False)
 # What that call itself says about assistance, which transformers reads from the draft's generation config only.
 _asked: ContextVar[dict | None] = ContextVar("asked", default=None)
+_UNFINISHED = "the last call did not finish"
 
 
 _Method = TypeVar("_Method", bound=Callable)
@@ -95,7 +97,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         model = result[0] if isinstance(result, tuple) else result
         # Small weights are for the C++ products, which stock products do without.
         model._engine.default = FastConfig() if fast is None and held_format(model) is not None else fast
-        model._engine.free()
+        model.free()
         return result
 
     # reservation
@@ -126,7 +128,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         cache_length = longest if cache_length is None else cache_length
         if memory is not None:
             config = within(self, batch_size, cache_length, config, memory)
-        nbytes = self._engine.preallocate(self, batch_size, cache_length, config)
+        nbytes = self._alone("preallocate", lambda: self._engine.preallocate(self, batch_size, cache_length, config))
         if positions_used(config, cache_length) > longest:
             logger.warning(
                 f"cache_length {cache_length} is longer than max_position_embeddings {longest}: "
@@ -136,8 +138,17 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
 
     def free(self) -> None:
         """Gives back what `preallocate` or the first `generate` took."""
-        self._engine.free()
-        self._companions.free()
+
+        def free():
+            self._engine.free()
+            self._companions.free()
+
+        self._alone("free", free)
+
+    def _alone(self, name: str, work):
+        """What `work()` returns, run when no other call uses the cache."""
+        refused = f"{name} cannot run"
+        return in_turn([self._engine.turn], lambda: require_free([self._engine.fast], work, refused), refused)
 
     @property
     def valid_past_index(self) -> torch.Tensor | None:
@@ -187,17 +198,25 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         """
         if sampling is not None:
             args, kwargs = (), sampling_call.arguments(self, sampling, args, kwargs)
-        self._path = self._assisted = None
+        draft = kwargs.get("assistant_model")
+        turns = [each._engine.turn for each in (self, draft) if isinstance(each, LlamaForCausalLM)]
+        return in_turn(turns, lambda: self._generate(*args, **kwargs))
+
+    def _generate(self, *args, **kwargs):
+        self._path, self._assisted = _UNFINISHED, None
         own = own_arguments(kwargs)
-        given = _given_cache.set(kwargs.get("past_key_values") is not None)
         config = args[1] if len(args) > 1 else kwargs.get("generation_config")
-        asked = _asked.set({name: (own | kwargs).get(name, getattr(config, name, None)) for name in ASKED})
+        asked = {name: (own | kwargs).get(name, getattr(config, name, None)) for name in ASKED}
+        before = _given_cache.get(), _asked.get()
         try:
-            result = super().generate(*args, **kwargs)
+            try:
+                _say_call(kwargs.get("past_key_values") is not None, asked)
+                result = super().generate(*args, **kwargs)
+            finally:
+                _say_call(*before)
         finally:
-            _given_cache.reset(given)
-            _asked.reset(asked)
-        if self._path is None:
+            _say_call(*before)  # where an interruption kept the first from it
+        if self._path is _UNFINISHED:
             self._say_parent("this decoding mode is not sped up")
         return result
 
@@ -226,9 +245,10 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         has an error in its result, and the others go on. Raises `ValueError` for what is not allowed or only the
         parent's code can do, `MemoryError` for slots that do not fit.
         """
-        self._path = self._assisted = None
+        self._path, self._assisted = _UNFINISHED, None
         how = (slots, max_new_tokens, generation_config, chunk, shared_prefix, on_result, kwargs, sampling)
-        results, self._path = run_many(self, self._engine, prompts, *how)
+        run = functools.partial(run_many, self, self._engine, prompts, *how)
+        results, self._path = in_turn([self._engine.turn], run, "generate_many cannot run")
         return results
 
     def _sample(
@@ -245,38 +265,24 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         obstacle = "past_key_values are given" if _given_cache.get() else None
         obstacle = obstacle or model_obstacle(self)
         obstacle = obstacle or call_obstacle(self, generation_config, synced_gpus, model_kwargs)
-        # One cache serves one call at a time: another thread's, or one from within a processor, is the parent's.
-        if obstacle is None and not self._engine.lock.acquire(blocking=False):
-            obstacle = "another call is using the cache"
-        if obstacle is not None:
-            self._say_parent(obstacle)
-            return super()._sample(
-                input_ids,
-                logits_processor,
-                stopping_criteria,
-                generation_config,
-                synced_gpus=synced_gpus,
-                streamer=streamer,
-                **model_kwargs,
-            )
-        try:
+        how = (logits_processor, stopping_criteria, generation_config)
+
+        def fast():
             with torch.inference_mode(False), torch.no_grad():
-                result = sample_loop(
-                    self,
-                    self._engine,
-                    _ordinary(input_ids),
-                    logits_processor,
-                    stopping_criteria,
-                    generation_config,
-                    streamer,
-                    attention_mask=_ordinary(model_kwargs.get("attention_mask")),
-                    inputs_embeds=_ordinary(model_kwargs.get("inputs_embeds")),
-                )
+                mask, embeds = (_ordinary(model_kwargs.get(name)) for name in ("attention_mask", "inputs_embeds"))
+                tensors = {"attention_mask": mask, "inputs_embeds": embeds}
+                result = sample_loop(self, self._engine, _ordinary(input_ids), *how, streamer, **tensors)
             self._path = self._engine.words()
-        finally:
-            self._engine.binding.forget_restored()
-            self._engine.lock.release()
-        return result
+            return result
+
+        if obstacle is None:
+            # One cache serves one call at a time: one from within a processor, say, is the parent's.
+            ran, result = if_free([self._engine.fast], lambda: self._engine.run(fast))
+            if ran:
+                return result
+            obstacle = "another call is using the cache"
+        self._say_parent(obstacle)
+        return super()._sample(input_ids, *how, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
 
     def _assisted_decoding(
         self,
@@ -335,8 +341,15 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
     # what rebinds weights: new tensors are made there, and holding the fused ones would hold the weights twice
 
     def _apply(self, fn, recurse=True):
-        self._engine.forget_weights()
-        return super()._apply(fn, recurse)
+        rebind = functools.partial(super()._apply, fn, recurse)
+        return self._rebinding("moving or casting the model", rebind)
+
+    def _rebinding(self, name: str, rebind):
+        def run():
+            self._engine.forget_weights()
+            return rebind()
+
+        return self._alone(name, run)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any
@@ -352,8 +365,12 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The parent's; what was fused or packed of the old weights is let go first."""
-        self._engine.forget_weights()
-        return super().load_state_dict(*args, **kwargs)
+        return self._rebinding("load_state_dict", functools.partial(super().load_state_dict, *args, **kwargs))
+
+
+def _say_call(given: bool, asked: dict | None) -> None:
+    _given_cache.set(given)
+    _asked.set(asked)
 
 
 def _config_of(draft) -> tuple[FastConfig, ...]:

@@ -56,17 +56,20 @@ class Binding:
         choose = chooser(model, config, rows, _bytes_held(model))
         packing = Packing(self.in_use)
         try:
-            self.weights = gather(model, config.fuse, choose, choose.attention, packing)
+            self._packing = packing
+            weights = gather(model, config.fuse, choose, choose.attention, packing)
+            self._sources = Sources(model)
+            self.weights = weights
         except BaseException:
-            packing.restore()
+            self.forget()
             raise
-        self._packing, self._sources = packing, Sources(model)
 
     def forget(self) -> None:
         """Lets go of everything; what was packed becomes parameters again."""
+        self.weights = self._sources = None
         if self._packing is not None:
             self._packing.restore()
-        self.weights = self._sources = self._packing = None
+        self._packing = None
 
     def forget_restored(self) -> None:
         """After a call within which somebody asked for packed weights: they are parameters again, and held once."""

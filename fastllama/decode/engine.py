@@ -4,6 +4,8 @@ Legend: B batch, Q query tokens, P prompt tokens, E hidden size, V vocabulary.
 """
 
 import itertools
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -16,12 +18,15 @@ from fastllama.decode.context.choose import positions_needed, require_context
 from fastllama.decode.prompt import Prompt
 from fastllama.decode.reservation import bytes_for, implicit_length, require_fit, same_but_longer, shape_for
 from fastllama.decode.reserved import Reserved
+from fastllama.decode.texts import Texts
 from fastllama.kernels.linear import NATIVE_ROWS
 from fastllama.model.capture import CapturedStep
 from fastllama.model.config import FastConfig
 from fastllama.model.forward import prefill_chunk, step
 from fastllama.model.native_step import obstacle
 from fastllama.model.tree import Branching
+
+Result = TypeVar("Result")
 
 
 class Engine(Reserved):
@@ -33,6 +38,7 @@ class Engine(Reserved):
         self._used = 0  # positions in use by the longest row, known without asking the device
         self._written = 0  # positions that hold anything, taken back or not
         self._mask_is_stale = False  # open at positions that were taken back
+        self.texts = Texts()
 
     def __deepcopy__(self, memo) -> "Engine":
         return Engine(self.default)
@@ -54,8 +60,8 @@ class Engine(Reserved):
         require_weights(model, config.weights)
         require_context(model, config)
         chooser(model, config, batch_size)  # may refuse
-        self.free()
         try:
+            self.free()
             self._reserve(model, shape, config)
             self.explicit = True
             if config.compile not in ("no", "native"):
@@ -93,13 +99,18 @@ class Engine(Reserved):
             return
         wanted = shape_for(model, batch_size, implicit_length(prompt_length, positions), self.config)
         if held is None or held.cache_length < wanted.cache_length or not same_but_longer(held, wanted):
-            self.cache = self.rotary = None
-            self._reserve(model, wanted, self.config)
+            try:
+                self.cache = self.rotary = None
+                self._reserve(model, wanted, self.config)
+            except BaseException:  # half a reservation serves nobody
+                self.free()
+                raise
 
     # forward passes
 
     def begin(self, rows: int) -> None:
         """Forgets what the cache holds; the next call has `rows` rows."""
+        self.texts.begin()
         self.cache.clear(max(self._used, self._written))
         self._rows, self._used, self._written = rows, 0, 0
         if self.context is not None:
@@ -117,6 +128,7 @@ class Engine(Reserved):
         size = chunk or self.config.prefill_chunk or automatic_chunk(batch, total, device.type)
         cos_BPD, sin_BPD = self.rotary.for_prompt(total, prompt.columns, prompt.width, chunk)
         last_BE, edges = None, [*range(0, total, size), total]
+        self._written = max(prompt.longest, self._written)  # however far it comes
         if self.context is not None:
             self.context.start(prompt)
             if self.context.extends:
@@ -136,7 +148,7 @@ class Engine(Reserved):
         valid = torch.zeros_like(self.cache.valid_past_index)
         valid[:batch] = lengths
         self._set_valid_past(valid)
-        self._rows, self._used, self._written = batch, prompt.longest, max(prompt.longest, self._written)
+        self._rows, self._used = batch, prompt.longest
         return self.weights.lm_head(self.weights.norm(last_BE[:, None]))[:, 0]
 
     def step(self, ids_BQ: torch.Tensor, branching: Branching | None = None) -> torch.Tensor:
@@ -145,6 +157,7 @@ class Engine(Reserved):
         ids_BQ = ids_BQ.to(self.rotary.device)
         rows, tokens = ids_BQ.shape
         used = self._used + tokens
+        self._written = max(used, self._written)  # also where an interruption cuts it short
         if rows < cache.shape.batch_size:  # idle rows write at position 0 and are ignored
             idle = ids_BQ.new_zeros(cache.shape.batch_size - rows, tokens)
             ids_BQ = torch.cat((ids_BQ, idle))
@@ -153,7 +166,7 @@ class Engine(Reserved):
             self.context.before_step(cache, self.rotary, self._used)
         if branching is None and self._native is not None and self._native.takes(*ids_BQ.shape):
             logits = self._native(ids_BQ.contiguous())
-            self._used, self._written = used, max(used, self._written)
+            self._used = used
             return logits[:rows]
         if self._mask_is_stale:  # C++ reads no mask
             self._set_valid_past(cache.valid_past_index)
@@ -178,11 +191,30 @@ class Engine(Reserved):
             sin_BQD,
             *tree,
         )
-        self._used, self._written = used, max(used, self._written)
+        self._used = used
         return logits[:rows]
 
     def _offsets(self, tokens: int) -> torch.Tensor | int:
         return 0 if tokens == 1 else self.cache.positions[:tokens]
+
+    def forget_text(self) -> None:
+        """After a call that was cut short: there is nothing that a step could continue."""
+        self._used = 0
+
+    def run(self, work: Callable[[], Result]) -> Result:
+        """What `work()`, a call on this engine, returns; however it ends, the next one finds it in order.
+
+        A text goes on after what was refused; where one was begun, or an interruption may have cut it, none does.
+        """
+        text = self.texts.current
+        try:
+            return work()
+        except BaseException as fault:
+            if self.texts.current is not text or not isinstance(fault, Exception):
+                self.forget_text()
+            raise
+        finally:
+            self.binding.forget_restored()
 
     def require_rows(self, rows: int) -> None:
         """Raises `ValueError` unless a prefill with this many rows came before."""
@@ -214,8 +246,13 @@ class Engine(Reserved):
             raise ValueError(
                 f"the preallocated cache of {shape.cache_length} positions is full: preallocate more, or free() first"
             )
-        self.cache = self.cache.grown(shape_for(model, shape.batch_size, 2 * shape.cache_length, self.config))
-        self._attach(model)
+        grown = self.cache.grown(shape_for(model, shape.batch_size, 2 * shape.cache_length, self.config))
+        try:
+            self.cache = grown
+            self._attach(model)
+        except BaseException:  # half a reservation serves nobody
+            self.free()
+            raise
 
     def undo(self, tokens: int) -> None:
         """Takes the last `tokens` of every row back."""

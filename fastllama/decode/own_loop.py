@@ -1,11 +1,14 @@
 """Prefill and steps for people who write their own loop, on the cache and the graphs that generate uses."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from fastllama.decode.engine import Engine
 from fastllama.decode.prompt import unpad
 from fastllama.decode.support import model_obstacle
+from fastllama.decode.turn import in_turn, require_free
 
 
 def prefill(model: nn.Module, engine: Engine, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:
@@ -14,11 +17,14 @@ def prefill(model: nn.Module, engine: Engine, ids_BT: torch.Tensor, mask_BT: tor
     if obstacle is not None:
         raise ValueError(f"prefill and step cannot run: {obstacle}")
     prompt = unpad(ids_BT, mask_BT)
-    with engine.lock:
+
+    def run() -> torch.Tensor:
         engine.refresh(model)
         engine.fit(model, ids_BT.shape[0], prompt.longest, prompt.longest)
         engine.begin(ids_BT.shape[0])
         return engine.prefill(prompt).clone()
+
+    return _alone(engine, "prefill()", run)
 
 
 def step(model: nn.Module, engine: Engine, ids_BQ: torch.Tensor) -> torch.Tensor:
@@ -27,10 +33,20 @@ def step(model: nn.Module, engine: Engine, ids_BQ: torch.Tensor) -> torch.Tensor
         raise ValueError("step() was given no token")
     # One layout for compiled code, whatever the caller sliced it from.
     ids_BQ = ids_BQ.to(model.device, torch.int64, copy=True, memory_format=torch.contiguous_format)
-    with engine.lock:
+
+    def run() -> torch.Tensor:
         engine.require_rows(ids_BQ.shape[0])
+        engine.texts.require_own()
         if not engine.binding.is_whole:  # weights were moved, or asked for, since the prefill
             engine.refresh(model)
         while engine.room() < ids_BQ.shape[1]:
             engine.grow(model, ids_BQ.shape[1])
         return engine.step(ids_BQ).clone()
+
+    return _alone(engine, "step()", run)
+
+
+def _alone(engine: Engine, name: str, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What `run()` returns, when no other call is using the cache."""
+    refused = f"{name} cannot run"
+    return in_turn([engine.turn], lambda: require_free([engine.fast], lambda: engine.run(run), refused), refused)

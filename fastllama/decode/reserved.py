@@ -1,6 +1,5 @@
 """Reserved: what a model's generation stands on - cache, weights, rotary table and step - kept together and current."""
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from fastllama.decode.cache_device import model_device
 from fastllama.decode.cache_device import words as device_words
 from fastllama.decode.context.choose import context_for
 from fastllama.decode.context.choose import words as context_words
+from fastllama.decode.turn import Turn
 from fastllama.model.capture import CapturedStep
 from fastllama.model.compiled import Buckets, compiled_step
 from fastllama.model.config import FastConfig
@@ -32,14 +32,15 @@ class Reserved:
     """It belongs to one model, follows what is rebound there, and says in words which path it makes."""
 
     def __init__(self, default: FastConfig | None = None):
-        self.lock = threading.Lock()
+        self.turn = Turn()  # one thread's call at a time, whichever path it takes
+        self.fast = Turn()  # one call at a time that runs here: a call within it does not
         self.default = default  # what from_pretrained was told
         self.config = default or IMPLICIT
         self.explicit = False
         self.cache: FloatCache | SmallCache | None = None
         self.rotary: RotaryTable | None = None
         self.context: Any = None  # ContextShift or SelfExtend, what moves keys of a long text: context/
-        self.binding = Binding(in_use=self.lock.locked)
+        self.binding = Binding(in_use=self.fast.is_taken)
         self.reallocations = 0
         self._step: Callable[..., torch.Tensor] | None = None
         self._native: NativeStep | None = None
@@ -86,10 +87,12 @@ class Reserved:
 
     def free(self) -> None:
         """Gives the cache, the tables and the compiled step back."""
-        self.forget_weights()
-        self.cache = self._step = self._native = self._buckets = self._addresses = self.context = None
+        # In an order in which each beginning leaves what the next call can make whole.
         self.explicit = False
+        self.cache = None
         self.config = self.default or IMPLICIT
+        self._step = self._native = self._buckets = self._addresses = self.context = None
+        self.forget_weights()
 
     def forget_weights(self) -> None:
         """Lets go of weights and tables that a move, a cast or a loaded state dict is about to replace."""
@@ -98,6 +101,13 @@ class Reserved:
 
     def refresh(self, model: nn.Module) -> None:
         """Follows what has been rebound since the last call: adapters, casts and assigned state dicts do that."""
+        try:
+            self._follow(model)
+        except BaseException:  # half of it is new: all of it is read again
+            self.forget_weights()
+            raise
+
+    def _follow(self, model: nn.Module) -> None:
         plain = self.weights.plain if self.weights is not None else None
         stale = not self.binding.is_current(model)
         if stale:

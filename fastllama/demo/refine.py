@@ -21,6 +21,7 @@ from fastllama.demo.evaluate import agreement, perplexity
 from fastllama.demo.text import held_out_documents, training_documents
 from fastllama.demo.tokenizer import BOS_ID
 from fastllama.demo.train import CHECKPOINT_EVERY, WEIGHTS, encode, loss_of, optimizers_for, save_state
+from fastllama.kernels.whole_file import whole
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,8 @@ def main(argv: list[str] | None = None) -> int:
         "minutes_of_this_run": round((time.monotonic() - started) / 60, 1),
         "curve": curve,
     }
-    (args.out / "training.json").write_text(json.dumps(report, indent=1) + "\n")
+    with whole(args.out / "training.json") as unfinished:
+        unfinished.write_text(json.dumps(report, indent=1) + "\n")
     print(f"draft agrees with the target's first choice at {report['draft_top1_agreement']:.1%} of held-out positions")
     return 0
 

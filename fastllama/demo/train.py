@@ -8,7 +8,6 @@ is a function of (seed, step), and the state is on disk every `CHECKPOINT_EVERY`
 import argparse
 import json
 import math
-import os
 import platform
 import sys
 import time
@@ -26,6 +25,7 @@ from tqdm import tqdm
 from fastllama.demo.evaluate import agreement, perplexity
 from fastllama.demo.text import held_out_documents, training_documents
 from fastllama.demo.tokenizer import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE, train_tokenizer
+from fastllama.kernels.whole_file import whole
 
 CHECKPOINT_EVERY = 50
 WEIGHTS = Path(__file__).parent / "weights"
@@ -124,9 +124,8 @@ def loss_of(model, ids: torch.Tensor, teacher=None) -> torch.Tensor:
 
 
 def save_state(path: Path, state: dict) -> None:
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    os.replace(part, path)
+    with whole(path) as unfinished:
+        torch.save(state, unfinished)
 
 
 def steps_from(first: int, recipe: Recipe, name: str) -> Iterator[int]:
@@ -246,7 +245,8 @@ def main(argv: list[str] | None = None) -> int:
     }
     for entry in report["models"].values():
         entry["bits_per_byte"] = round(math.log2(entry["held_out_perplexity"]) / entry["bytes_per_token"], 4)
-    (args.out / "training.json").write_text(json.dumps(report, indent=1) + "\n")
+    with whole(args.out / "training.json") as unfinished:
+        unfinished.write_text(json.dumps(report, indent=1) + "\n")
     for name, entry in report["models"].items():
         print(f"{name}: held-out perplexity {entry['held_out_perplexity']}, {entry['bits_per_byte']} bits per byte")
     print(f"draft agrees with the target's first choice at {report['draft_top1_agreement']:.1%} of positions")

@@ -4,6 +4,7 @@ Legend: x [..., K], W [N, K], b [N]. The specification of each is torch.nn.funct
 """
 
 import itertools
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -89,10 +90,12 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 
 
 def hold(packed: torch.Tensor) -> torch.Tensor:
-    """Keeps a packed weight for `Packed`; returns its handle."""
-    handle = next(_handles)
-    _packed[handle] = packed
-    return torch.tensor(handle)
+    """Keeps a packed weight for `Packed`, as long as the handle that is returned lives: compiled code may outlive the
+    product."""
+    handle = torch.tensor(next(_handles))
+    weakref.finalize(handle, let_go, handle.clone())
+    _packed[int(handle)] = packed
+    return handle
 
 
 def held(handle: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from fastllama.kernels.whole_file import whole
+
 _SOURCES = sorted(Path(__file__).with_name("native_code").iterdir())
 # Sums may be taken in any order. Not -ffast-math: it would take infinities for numbers, and flush the smallest numbers
 # to zero in the whole process.
@@ -103,10 +105,11 @@ def _build(name: str, folder: Path, library: Path) -> None:
 
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             list(pool.map(compile, sources, objects))
-        whole = f"{unfinished}/{name}.so"
+        linked = f"{unfinished}/{name}.so"
         paths = [f"-L{path}" for path in cpp_extension.library_paths()]
-        _call([*compiler, *_FLAGS, "-shared", *objects, *paths, "-lc10", "-ltorch_cpu", "-o", whole])
-        os.replace(whole, library)
+        _call([*compiler, *_FLAGS, "-shared", *objects, *paths, "-lc10", "-ltorch_cpu", "-o", linked])
+        with whole(library) as place:
+            os.replace(linked, place)
 
 
 def _call(command: list[str]) -> None:

@@ -5,7 +5,6 @@ This file and the laboratory are the only ones that read a clock.
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from fastllama.kernels import native
 from fastllama.kernels.attention import NATIVE_HEAD_DIMS, attend_causal, attend_prompt
 from fastllama.kernels.linear import NATIVE_DTYPES, NATIVE_ROWS, Native, Packed, Stock, can_pack, hold, let_go, pack
 from fastllama.kernels.small_product import native_obstacle
+from fastllama.kernels.whole_file import whole
 
 PRODUCTS = ("auto", "stock", "native", "packed")
 _PASSES = 5
@@ -172,11 +172,7 @@ def _read() -> dict[str, dict[str, float]]:
 
 def _write(known: dict[str, dict[str, float]]) -> None:
     path = _path()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with contextlib.suppress(OSError):  # where it cannot be written, the next process measures again
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(known, indent=1))
-        os.replace(temporary, path)
-    except OSError:  # a folder that cannot be written: the next process measures again
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        with whole(path) as unfinished:
+            unfinished.write_text(json.dumps(known, indent=1))

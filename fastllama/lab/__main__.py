@@ -13,6 +13,7 @@ from fastllama.lab.prompts import parallel
 from fastllama.lab.quality import context_score, evaluation
 from fastllama.lab.records import changes, export, readme, record, words
 from fastllama.lab.records.sources import ROOT, require_clone
+from fastllama.lab.soak import command as soak
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     planner.arguments(commands)
     memory_table.arguments(commands)
     parallel.arguments(commands)
+    soak.arguments(commands)
     return parser
 
 
@@ -93,6 +95,8 @@ def _run(arguments) -> int:
         return context_score.run(arguments)
     if arguments.command == "options":
         return options.run(arguments)
+    if arguments.command == "soak":
+        return soak.run(arguments)
     records = record.read_all(arguments.root)
     if arguments.command in ("changes", "readme"):
         return _render(arguments, records)

@@ -6,6 +6,7 @@ state_dict, saving, training, moving, copying and adapters find what they expect
 """
 
 import copy
+import threading
 import weakref
 from collections.abc import Callable
 
@@ -73,23 +74,33 @@ class Released(dict):
 
 
 class _Entry:
-    """One packed weight, and the modules whose weights are its rows."""
+    """One weight that is packed, or is about to be, and the modules whose weights are its rows."""
 
-    def __init__(self, modules: tuple[nn.Module, ...], parameters: list[nn.Parameter], handle: torch.Tensor):
-        self.handle = handle
+    def __init__(self, modules: tuple[nn.Module, ...], parameters: list[nn.Parameter], weight: torch.Tensor):
+        self.handle: torch.Tensor | None = None
+        self.weight: torch.Tensor | None = weight  # until there is a handle
         self.modules = [weakref.ref(module) for module in modules]
+        self.references = [weakref.ref(parameter) for parameter in parameters]
         self.sizes = [parameter.shape[0] for parameter in parameters]
         self.requires_grad = [parameter.requires_grad for parameter in parameters]
         self.attributes = [dict(vars(parameter)) for parameter in parameters]
 
-    def parameter(self, index: int, values: torch.Tensor) -> nn.Parameter:
+    def are_held(self) -> bool:
+        """Whether somebody else has one of the parameters that the modules let go of."""
+        return any(reference() is not None for reference in self.references)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that somebody has, and new ones with the values and marks of the others."""
+        parts = (self.weight if self.handle is None else held(self.handle).to_dense()).split(self.sizes)
+        return [self._parameter(index, part) for index, part in enumerate(parts)]
+
+    def _parameter(self, index: int, values: torch.Tensor) -> nn.Parameter:
+        alive = self.references[index]()
+        if alive is not None and self.handle is None:
+            return alive
         parameter = nn.Parameter(values, requires_grad=self.requires_grad[index])
         vars(parameter).update(self.attributes[index])
         return parameter
-
-    def parameters(self) -> list[nn.Parameter]:
-        parts = held(self.handle).to_dense().split(self.sizes)
-        return [self.parameter(index, part) for index, part in enumerate(parts)]
 
 
 def _in_training(parameter: nn.Parameter) -> bool:
@@ -97,12 +108,16 @@ def _in_training(parameter: nn.Parameter) -> bool:
 
 
 class Packing:
-    """The packed weights of one model. `restored` is true from the moment their parameters are back."""
+    """The packed weights of one model. `restored` is true from the moment that somebody wants their parameters back.
+
+    Whatever ends a packing or a restoring early, the next look at a parameter finishes it; other threads wait for it.
+    """
 
     def __init__(self, in_use: Callable[[], bool]):
         self.entries: list[_Entry] = []
         self.restored = False
         self._in_use = in_use
+        self._lock = threading.RLock()
 
     def take(self, modules: tuple[nn.Module, ...], weight: torch.Tensor, bias: torch.Tensor | None) -> Packed | None:
         """Packs `weight`, whose rows are the modules' weights, and makes the modules let go of theirs.
@@ -110,45 +125,43 @@ class Packing:
         None, and nothing changed, where somebody else holds a parameter (an optimizer, say) or it is being trained:
         what is written to it must be seen, and it would be held twice.
         """
-        plains = [module._parameters for module in modules]
-        parameters = [plain["weight"] for plain in plains]
-        if any(_in_training(parameter) for parameter in parameters):
-            return None
-        for plain in plains:
-            plain["weight"] = None
-        references = [weakref.ref(parameter) for parameter in parameters]
-        entry = _Entry(modules, parameters, None)
-        del parameters
-        if any(reference() is not None for reference in references):
-            for index, (plain, part) in enumerate(zip(plains, weight.split(entry.sizes), strict=True)):
-                alive = references[index]()
-                plain["weight"] = entry.parameter(index, part) if alive is None else alive
-            return None
-        handle = entry.handle = hold(pack(weight))
-        self.entries.append(entry)
-        for module, plain in zip(modules, plains, strict=True):
-            module.__dict__["_parameters"] = Released(plain, self)
-        # Compiled code may outlive the product: what its handle names lives as long as the handle's tensor.
-        weakref.finalize(handle, let_go, handle.clone())
-        return Packed(handle, bias, weight.shape[0])
+        with self._lock:
+            parameters = [module._parameters["weight"] for module in modules]
+            if any(_in_training(parameter) for parameter in parameters):
+                return None
+            entry = _Entry(modules, parameters, weight)
+            del parameters
+            self.entries.append(entry)
+            for module in modules:  # a look from here on waits, and brings back
+                module.__dict__["_parameters"] = Released({**module._parameters, "weight": None}, self)
+            if entry.are_held():
+                self._put_back(entry)
+                return None
+            handle = entry.handle = hold(pack(weight))
+            entry.weight = None
+            return Packed(handle, bias, weight.shape[0])
 
     def restore(self) -> None:
         """Puts the parameters back, one weight at a time. Once done, nothing happens."""
-        if self.restored:
-            return
         self.restored = True
-        with torch.inference_mode(False), torch.no_grad():
-            for entry in self.entries:
-                for module, parameter in zip(entry.modules, entry.parameters(), strict=True):
-                    module = module()
-                    if module is not None:
-                        plain = module.__dict__["_parameters"].plain
-                        plain["weight"] = parameter
-                        module.__dict__["_parameters"] = plain
+        if not self.entries:
+            return
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            while self.entries:
+                entry = self.entries[0]
+                self._put_back(entry)
                 # A call in progress goes on with what is packed; it is let go with the call's last product.
-                if not self._in_use():
+                if entry.handle is not None and not self._in_use():
                     let_go(entry.handle)
-        self.entries.clear()
+
+    def _put_back(self, entry: _Entry) -> None:
+        for module, parameter in zip(entry.modules, entry.parameters(), strict=True):
+            module = module()
+            released = None if module is None else module.__dict__["_parameters"]
+            if isinstance(released, Released):
+                released.plain["weight"] = parameter
+                module.__dict__["_parameters"] = released.plain
+        self.entries.remove(entry)
 
 
 def is_released(module: nn.Module) -> bool:

@@ -236,19 +236,20 @@ def known_to_transformers(weights: str | None) -> Iterator[None]:
     Raises `ValueError` with the tensor's name for a weight that cannot be quantised.
     """
     global _calls
-    with _lock:
-        _calls += 1
-        AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = SmallWeightsConfig
-        AUTO_QUANTIZER_MAPPING[METHOD] = SmallWeightsQuantizer
-    token = _asked.set(None if weights is None else canonical(weights))
+    token, counted = _asked.set(None if weights is None else canonical(weights)), False
     try:
+        with _lock:
+            _calls += 1
+            counted = True
+            AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = SmallWeightsConfig
+            AUTO_QUANTIZER_MAPPING[METHOD] = SmallWeightsQuantizer
         yield
     except _Refused as refusal:
         raise ValueError(str(refusal)) from refusal.__cause__
     finally:
         _asked.reset(token)
         with _lock:
-            _calls -= 1
+            _calls -= counted
             if not _calls:
                 AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)
                 AUTO_QUANTIZER_MAPPING.pop(METHOD, None)

@@ -1,6 +1,5 @@
 """One assisted generate call: whether it can run here, and running it while both engines are held."""
 
-import contextlib
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from fastllama.decode.assisted.loop import assisted_loop
 from fastllama.decode.assisted.report import Assisted
 from fastllama.decode.assisted.support import asked, obstacle
 from fastllama.decode.engine import Engine
+from fastllama.decode.turn import if_free
 
 
 def assisted_call(
@@ -35,12 +35,8 @@ def assisted_call(
         return reason, None, None, ""
     wanted = asked(call, how[-1], draft)
     engines = [engine] if draft is None else [engine, companions.engine(draft)]
-    with contextlib.ExitStack() as held:
-        for each in engines:
-            if not each.lock.acquire(blocking=False):
-                return "another call is using the cache", None, None, ""
-            held.callback(each.lock.release)
-            held.callback(each.binding.forget_restored)
+
+    def generate() -> tuple[object, Assisted, str]:
         schedule = companions.schedule(wanted, model, draft, len(input_ids), engines)
         pair = None if draft is None else (draft, engines[1])
         mask = inputs.get("attention_mask")
@@ -49,4 +45,9 @@ def assisted_call(
                 model, engine, pair, wanted, schedule, input_ids, *how, streamer=streamer, attention_mask=mask
             )
         wanted.give_back(draft, schedule)
-        return None, output, report, f"{engine.words()}, {wanted.words(draft)}"
+        return output, report, f"{engine.words()}, {wanted.words(draft)}"
+
+    # Each engine is left as its own calls leave it.
+    work = generate if draft is None else lambda: engines[1].run(generate)
+    ran, found = if_free([each.fast for each in engines], lambda: engine.run(work))
+    return ("another call is using the cache", None, None, "") if not ran else (None, *found)

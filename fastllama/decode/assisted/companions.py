@@ -21,8 +21,7 @@ class Companions:
 
     def __init__(self):
         self._engines: weakref.WeakKeyDictionary[nn.Module, Engine] = weakref.WeakKeyDictionary()
-        self._compared: list[weakref.ref] = []  # the last two tokenizers
-        self._alike = False
+        self._compared: tuple[list[weakref.ref], bool] = ([], False)  # the last two tokenizers; whether they agree
         self._learnt: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Adaptive]] = weakref.WeakKeyDictionary()
 
     def __deepcopy__(self, memo) -> "Companions":
@@ -51,10 +50,11 @@ class Companions:
         """
         if other is None or one is other:
             return True
-        if [reference() for reference in self._compared] != [one, other]:
-            self._compared = [weakref.ref(one), weakref.ref(other)]
-            self._alike = one.get_vocab() == other.get_vocab()
-        return self._alike
+        known, alike = self._compared
+        if [reference() for reference in known] != [one, other]:
+            alike = one.get_vocab() == other.get_vocab()
+            self._compared = [weakref.ref(one), weakref.ref(other)], alike
+        return alike
 
     def schedule(self, asked: Asked, model: nn.Module, draft: nn.Module | None, rows: int, engines: list[Engine]):
         """How many tokens to propose in each round of a call."""

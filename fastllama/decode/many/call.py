@@ -16,6 +16,7 @@ from fastllama.decode.many.rules import Asked
 from fastllama.decode.many.slots import Slots
 from fastllama.decode.sampling.options import Sampling
 from fastllama.decode.support import model_obstacle
+from fastllama.decode.turn import require_free
 from fastllama.model.rotary import is_stateful
 
 SLOTS = 8
@@ -65,9 +66,8 @@ def run_many(
     if not prompts:
         return [], "no prompt was given"
     asked = Asked(model, generation_config, arguments, limits, sampling)
-    if not engine.lock.acquire(blocking=False):
-        raise ValueError("generate_many cannot run: another call is using the cache")
-    try:
+
+    def generate() -> tuple[list[Generated], str]:
         results: list[Generated | None] = [None] * len(prompts)
 
         def keep(result: Generated) -> None:
@@ -85,9 +85,8 @@ def run_many(
             _run(model, engine, rows, count, chunk, shared_prefix, Chooser(model.device), keep)
             words = f"{engine.words()}, {count} slots"
         return results, words
-    finally:
-        engine.binding.forget_restored()
-        engine.lock.release()
+
+    return require_free([engine.fast], lambda: engine.run(generate), "generate_many cannot run")
 
 
 def _slots(engine: Engine, asked: int | None) -> int:
@@ -126,4 +125,4 @@ def _run(model, engine: Engine, rows: list[Row], count: int, chunk, shared_prefi
             slots.share(rows[0].ids[:begin], chunk)
         Loop(slots, rows, chooser, chunk, lambda row: keep(row.result())).run()
     finally:
-        engine.begin(count)  # nothing is left that a step could continue
+        engine.forget_text()

@@ -1,8 +1,9 @@
 """An event file of TensorBoard: the same bytes for the same content, and no host's name."""
 
 import io
-import os
 from pathlib import Path
+
+from fastllama.kernels.whole_file import whole
 
 # TensorBoard's own writers put the time, the host's name and the process's number there.
 NAME = "events.out.tfevents.record"
@@ -95,13 +96,9 @@ def write(folder: Path, summaries: list, step: int, time: float) -> None:
     path = Path(folder) / NAME
     content = _encoded(summaries, step, time)
     if not path.exists() or path.read_bytes() != content:
-        # TensorBoard would read a temporary file whose name holds that of an event file.
-        temporary = path.with_name(f".board.{os.getpid()}.tmp")
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        # Its unfinished name does not hold that of an event file, which TensorBoard would read.
+        with whole(path) as unfinished:
+            unfinished.write_bytes(content)
     for other in path.parent.glob(_ANY):
         if other != path:
             other.unlink(missing_ok=True)

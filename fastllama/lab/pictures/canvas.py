@@ -3,8 +3,9 @@
 matplotlib is an extra and is imported where it is needed.
 """
 
-import os
 from pathlib import Path
+
+from fastllama.kernels.whole_file import whole
 
 INK, GRAY, SHADE, GRID = "#1f3a5f", "#6b7280", "#c9ced6", "#e5e7eb"
 VANILLA = "hollow: vanilla transformers, same run"
@@ -54,12 +55,10 @@ def target(path: Path) -> Path:
 def save(plt, figure, path: Path) -> Path:
     """Write the figure, atomically, and close it; returns the path."""
     metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        figure.savefig(temporary, bbox_inches="tight", metadata=metadata)
-        os.replace(temporary, path)
+        with whole(path) as unfinished:
+            figure.savefig(unfinished, bbox_inches="tight", metadata=metadata)
     finally:
-        temporary.unlink(missing_ok=True)
         plt.close(figure)
     return path
 

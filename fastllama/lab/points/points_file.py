@@ -3,21 +3,12 @@ of which nothing but the peak of memory was measured.
 """
 
 import json
-import logging
-import os
-from contextlib import contextmanager
 from pathlib import Path
 
+from fastllama.lab import lines
 from fastllama.lab.measuring import assisted
 from fastllama.lab.points.sampler import Sampler
 from fastllama.lab.records import schema
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: there one process at a time may write a file
-    fcntl = None
-
-logger = logging.getLogger(__name__)
 
 SCHEMA = 1  # of the lines that are no measured points
 STATUSES = ("failed", "skipped", "memory")
@@ -85,14 +76,6 @@ def _check_unmeasured(entry: dict, where: str) -> None:
             refuse(name, "a finite number that is not negative")
 
 
-@contextmanager
-def _alone(file):
-    """No other process adds a line meanwhile."""
-    if fcntl is not None:
-        fcntl.flock(file, fcntl.LOCK_EX)
-    yield
-
-
 def append(path: Path, entry: dict) -> None:
     """Add one entry as a line, on disk before this returns. A line that an interruption cut short is removed.
 
@@ -100,19 +83,7 @@ def append(path: Path, entry: dict) -> None:
     """
     path = Path(path)
     check(entry, f"a point for {path}")
-    line = json.dumps(entry, allow_nan=False) + "\n"
-    with open(path, "a+b") as file, _alone(file):
-        file.seek(0)
-        tail = file.read().rpartition(b"\n")[2]
-        if tail:
-            if _is_json(tail):
-                line = "\n" + line
-            else:
-                logger.warning("%s: the last line was cut short and is removed", path)
-                file.truncate(file.tell() - len(tail))
-        file.write(line.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    lines.append(path, json.dumps(entry, allow_nan=False))
 
 
 def read(path: Path) -> list[dict]:
@@ -124,30 +95,19 @@ def read(path: Path) -> list[dict]:
     path = Path(path)
     if not path.exists():
         return []
-    *lines, tail = path.read_bytes().split(b"\n")
-    if tail and _is_json(tail):
-        lines.append(tail)
-    elif tail:
-        logger.warning("%s: the last line was cut short and is left out", path)
     entries = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines.read(path), 1):
         where = f"{path} line {number}"
         if not line.strip():
             continue
-        if not _is_json(line):
-            raise ValueError(f"{where}: not valid JSON")
-        entries.append(check(json.loads(line), where))
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            raise ValueError(f"{where}: not valid JSON") from None
+        entries.append(check(entry, where))
     return entries
 
 
 def read_measured(path: Path) -> list[dict]:
     """The measured points of a file, as `read` gives them."""
     return [entry for entry in read(path) if is_measured(entry)]
-
-
-def _is_json(text: bytes) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True

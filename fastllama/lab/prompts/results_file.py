@@ -4,8 +4,10 @@ FILE.partial begins with a line that says what was asked; a run that was interru
 """
 
 import json
-import os
 from pathlib import Path
+
+from fastllama.kernels.whole_file import of, whole
+from fastllama.lab.lines import write_all
 
 _FORMAT = 1
 
@@ -30,8 +32,9 @@ class Results:
         elif self.path.exists():
             raise FileExistsError(f"{self.path} is there already: give another --out, or remove it")
         else:
-            self.partial.write_text(_words(header), encoding="utf-8")
-        self._file = open(self.partial, "a", encoding="utf-8", newline="\n")  # noqa: SIM115
+            with whole(self.partial) as unfinished:
+                unfinished.write_text(_words(header), encoding="utf-8")
+        self._file = open(self.partial, "ab", buffering=0)  # noqa: SIM115
 
     def _resume(self, header: dict) -> None:
         content = self.partial.read_bytes()
@@ -64,8 +67,10 @@ class Results:
     def add(self, index: int, result: dict) -> None:
         """Writes a result, which another process can read at once."""
         words = _words({"index": index, **result})
-        self._file.write(words)
-        self._file.flush()
+        try:
+            write_all(self._file.fileno(), words.encode())
+        except OSError as fault:  # what is half there the next run removes
+            raise of(fault, self.partial) from fault
         self.lines[index] = words[:-1]
 
     def close(self) -> None:
@@ -78,12 +83,8 @@ class Results:
         if missing is not None:
             raise ValueError(f"prompt {missing} has no result")
         self.close()
-        ordered = self.path.with_name(self.path.name + ".ordered")
-        with open(ordered, "w", encoding="utf-8", newline="\n") as file:
+        with whole(self.path) as unfinished, open(unfinished, "w", encoding="utf-8", newline="\n") as file:
             file.writelines(self.lines[index] + "\n" for index in range(self.count))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(ordered, self.path)
         self.partial.unlink()
 
 

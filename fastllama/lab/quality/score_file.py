@@ -1,9 +1,9 @@
 """Files of scores: one JSON object a line for each subject of `python -m fastllama.lab eval`, sealed by a digest."""
 
 import json
-import os
 from pathlib import Path
 
+from fastllama.lab import lines
 from fastllama.lab.points import fields
 from fastllama.lab.points.fields import (
     check,
@@ -86,24 +86,20 @@ def check_line(line, where: str) -> dict:
 
 def append(path: Path, line: dict) -> None:
     """Add a line, on disk before this returns. `ValueError` if it could not be read again."""
-    content = json.dumps(check_line(line, f"a score for {path}"), allow_nan=False) + "\n"
-    with open(path, "ab") as file:
-        file.write(content.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    lines.append(path, json.dumps(check_line(line, f"a score for {path}"), allow_nan=False))
 
 
 def read(path: Path) -> list[dict]:
     """The lines of a file. `ValueError` names the file and the line that is wrong."""
-    lines = []
-    for number_, text in enumerate(Path(path).read_bytes().splitlines(), 1):
+    kept = []
+    for number_, text in enumerate(lines.read(path), 1):
         where = f"{path} line {number_}"
         try:
             line = json.loads(text, object_pairs_hook=fields.only_once)
         except (ValueError, RecursionError) as fault:
             raise ValueError(f"{where}: not valid JSON: {fault}") from None
-        lines.append(check_line(line, where))
-    return lines
+        kept.append(check_line(line, where))
+    return kept
 
 
 def kept(root: Path) -> dict[Path, list[dict]]:

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 import re
 import sqlite3
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from rich.console import Console, Group
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from fastllama.kernels.whole_file import whole
 from fastllama.lab.records.columns import Column
 from fastllama.lab.records.tables import Table
 
@@ -51,10 +51,18 @@ def to_jsonl(table: Table) -> str:
 def write_sqlite(tables: dict[str, Table], path: Path) -> None:
     """A database with these tables, which takes the place of `path` when it is whole. OSError if it cannot be made."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
     try:
-        database = sqlite3.connect(temporary)
+        _fill(tables, path)
+    except sqlite3.Error as fault:
+        raise OSError(f"{path} cannot be written: {fault}") from fault
+    except OverflowError:
+        raise ValueError(f"{path} cannot be written: a number has more than the 63 bits of a database's") from None
+
+
+def _fill(tables: dict[str, Table], path: Path) -> None:
+    with whole(path) as unfinished:
+        unfinished.unlink(missing_ok=True)
+        database = sqlite3.connect(unfinished)
         try:
             for name, table in tables.items():
                 declared = ", ".join(f'"{column.name}" {_SQL[column.kind]}'.strip() for column in table.columns)
@@ -64,14 +72,7 @@ def write_sqlite(tables: dict[str, Table], path: Path) -> None:
             database.commit()
         finally:
             database.close()
-        os.replace(temporary, path)
-    except sqlite3.Error as fault:
-        raise OSError(f"{path} cannot be written: {fault}") from fault
-    except OverflowError:
-        raise ValueError(f"{path} cannot be written: a number has more than the 63 bits of a database's") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-        temporary.with_name(temporary.name + "-journal").unlink(missing_ok=True)
+            unfinished.with_name(unfinished.name + "-journal").unlink(missing_ok=True)
 
 
 def _for_people(value, column: Column) -> str:

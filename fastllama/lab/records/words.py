@@ -7,9 +7,9 @@ tb_logs/predictions.json  what was expected of a change, committed before it was
 """
 
 import json
-import os
 from pathlib import Path
 
+from fastllama.kernels.whole_file import whole
 from fastllama.lab.points import fields
 from fastllama.lab.records import git
 from fastllama.lab.records.sources import ROOT
@@ -36,16 +36,8 @@ def load_json(path: Path):
 
 def write_atomically(path: Path, text: str) -> None:
     """Write `text` under a temporary name beside `path`, then rename it: readers never see half a file."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(path) as unfinished, open(unfinished, "w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
 
 
 def dump_json(path: Path, value) -> None:

@@ -1,12 +1,11 @@
 """The suite's records: one JSON line per line of the suite, in tb_logs/suite/<device>-<nnn>-<commit>.jsonl."""
 
 import json
-import logging
-import os
 import re
 from pathlib import Path
 from typing import Any
 
+from fastllama.lab import lines
 from fastllama.lab.records.sources import ROOT
 from fastllama.lab.records.words import LOGS
 
@@ -36,8 +35,6 @@ _FIELDS: dict[str, Any] = {
     "selected": bool,
     "command": str,
 }
-
-logger = logging.getLogger(__name__)
 
 
 def check(record, where: str) -> dict:
@@ -71,11 +68,7 @@ def create(device: str, commit: str | None, root: Path = ROOT) -> Path:
 
 def append(path: Path, record: dict) -> None:
     """Add one record as a line, on disk before this returns. ValueError if it does not follow the schema."""
-    line = json.dumps(check(record, f"a line for {path}"), allow_nan=False) + "\n"
-    with open(path, "ab") as file:
-        file.write(line.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    lines.append(path, json.dumps(check(record, f"a line for {path}"), allow_nan=False))
 
 
 def read(path: Path) -> list[dict]:
@@ -86,11 +79,8 @@ def read(path: Path) -> list[dict]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    *lines, tail = path.read_bytes().split(b"\n")
-    if tail:
-        logger.warning("%s: the last line was cut short and is left out", path)
     records = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines.read(path), 1):
         where = f"{path} line {number}"
         try:
             record = json.loads(line)

@@ -1,9 +1,9 @@
 """Files of tasks: one sealed JSON object a line for each example, of a schema of its own."""
 
 import json
-import os
 from pathlib import Path
 
+from fastllama.lab import lines
 from fastllama.lab.measuring import assisted
 from fastllama.lab.points import figures
 from fastllama.lab.points.fields import (
@@ -109,11 +109,7 @@ def _check_content(line: dict) -> None:
 
 def append(path: Path, line: dict) -> None:
     """Add a line, on disk before this returns. `ValueError` if it does not follow the schema."""
-    words = json.dumps(check_line(line, f"a line for {path}"), allow_nan=False) + "\n"
-    with open(path, "ab") as file:
-        file.write(words.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    lines.append(path, json.dumps(check_line(line, f"a line for {path}"), allow_nan=False))
 
 
 def require(path: Path) -> None:
@@ -130,12 +126,12 @@ def read(path: Path) -> list[dict]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    lines = []
-    for place, words in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    kept = []
+    for place, words in enumerate(lines.read(path), 1):
         where = f"{path} line {place}"
         try:
             line = json.loads(words, object_pairs_hook=only_once)
         except (ValueError, RecursionError):
             raise ValueError(f"{where}: not valid JSON") from None
-        lines.append(check_line(line, where))
-    return lines
+        kept.append(check_line(line, where))
+    return kept

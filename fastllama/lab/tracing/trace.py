@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
 
+from fastllama.kernels.whole_file import whole
 from fastllama.lab.measuring import checkpoint, contestant, matrix
 from fastllama.lab.measuring.ceiling import Ceiling
 from fastllama.lab.measuring.environment import environment
@@ -98,7 +99,8 @@ def _forget_machine(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     text = re.sub(r'^\s*"host_name":.*\n', "", text, count=1, flags=re.MULTILINE)
     text = re.sub(r'"traceName": *"[^"]*"', f'"traceName": "{path.name}"', text)
-    path.write_text(text, encoding="utf-8")
+    with whole(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def _folder_name(point: Point) -> str:
