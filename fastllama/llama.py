@@ -25,6 +25,7 @@ from fastllama.decode.switches import switched
 from fastllama.model.config import FastConfig
 from fastllama.model.small_linear import held_format
 from fastllama.model.small_loading import known_to_transformers, quantised_by
+from fastllama.model.spreading import asked_plainly, distribute
 
 logger = logging.get_logger("fastllama")
 # Whether the generate call in progress, in this thread, was handed past_key_values.
@@ -70,6 +71,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         if fast is not None and not isinstance(fast, FastConfig):
             raise ValueError(f"fast={fast!r} is not allowed; allowed: None or a FastConfig")
         weights = None if fast is None else fast.weights
+        kwargs = asked_plainly(kwargs, weights)
         with known_to_transformers(weights):
             result = super().from_pretrained(*args, **quantised_by(weights, kwargs))
         model = result[0] if isinstance(result, tuple) else result
@@ -77,6 +79,11 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         model._engine.default = FastConfig() if fast is None and held_format(model) is not None else fast
         model._engine.free()
         return result
+
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, mesh):
+        """The parent's, for any number of kv heads: `from_pretrained` spreads a model over processes here."""
+        return distribute(super().maybe_distribute_model, model, distributed_config, mesh)
 
     # reservation
 

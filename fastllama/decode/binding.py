@@ -10,6 +10,7 @@ from fastllama.model.config import FastConfig
 from fastllama.model.released import Packing
 from fastllama.model.small_linear import held_format, is_small, small_tensors
 from fastllama.model.sources import Sources, all_modules
+from fastllama.model.spread import local
 from fastllama.model.weights import Weights, gather
 
 
@@ -76,5 +77,5 @@ class Binding:
 
 def _bytes_held(model: nn.Module) -> int:
     # No tensor outlives this call: a parameter that somebody holds is not packed.
-    tensors = (*model.parameters(), *small_tensors(model))
+    tensors = map(local, (*model.parameters(), *small_tensors(model)))
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
