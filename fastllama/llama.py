@@ -7,7 +7,7 @@ import torch
 import transformers
 from transformers.utils import logging
 
-from fastllama.decode import own_loop
+from fastllama.decode import own_loop, together
 from fastllama.decode.assisted.call import assisted_call
 from fastllama.decode.assisted.companions import Companions
 from fastllama.decode.assisted.report import Assisted
@@ -221,6 +221,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         streamer=None,
         **model_kwargs,
     ):
+        together.begin(self, generation_config)
         sampling_call.begin(logits_processor, input_ids, model_kwargs.get("attention_mask"))
         obstacle = "past_key_values are given" if _given_cache.get() else None
         obstacle = obstacle or model_obstacle(self)
@@ -273,6 +274,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         **model_kwargs,
     ):
         """The parent's, which takes one row, for any number of rows."""
+        together.begin(self, generation_config)
         sampling_call.begin(logits_processor, input_ids, model_kwargs.get("attention_mask"))
         how = (logits_processor, stopping_criteria, generation_config)
         draft = assistant_model if generation_config.prompt_lookup_num_tokens is None else None
