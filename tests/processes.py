@@ -42,7 +42,7 @@ def _child(module, folder: Path, rank: int, count: int, port: str) -> None:
 
     where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in where.items()})
-    torch.save(module.work(folder), folder / f"{count}-{rank}.pt")
+    torch.save(module.work(folder), Path(folder) / f"{count}-{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

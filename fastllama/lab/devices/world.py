@@ -76,6 +76,11 @@ def asked_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def _launched_alone() -> bool:
+    """Whether accelerate was asked for several processes, and left starting them to others."""
+    return os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_PORT" in os.environ
+
+
 def _join(tensor_parallel: bool) -> World:
     from accelerate import PartialState
 
@@ -112,6 +117,12 @@ def joined(tensor_parallel: bool, splits: bool) -> Iterator[World]:
             raise ValueError(
                 "--tensor-parallel spreads a model over processes, and this is one: start it with "
                 "torchrun --nproc-per-node N run_llama.py --tensor-parallel"
+            )
+        if splits and _launched_alone():
+            print(
+                "accelerate launch --cpu starts one process, whatever --num_processes says, unless mpirun starts them: "
+                "torchrun --nproc-per-node N run_llama.py, or accelerate launch --multi_gpu, starts N on a CPU too",
+                file=sys.stderr,
             )
         yield ALONE
         return

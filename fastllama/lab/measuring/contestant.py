@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import StaticCache
+from transformers.distributed import DistributedConfig
 
 import fastllama
 from fastllama.lab.fault import explained

@@ -8,6 +8,7 @@ from fastllama.lab.memory import memory_table
 from fastllama.lab.options import summary as options_summary
 from fastllama.lab.points import figures, points_file
 from fastllama.lab.quality import score_file, score_table
+from fastllama.lab.devices import paper
 from fastllama.lab.records import assisted_table, lossy, words
 from fastllama.lab.records.changes import cell, gain, number, own_rows, speed, table, times_vanilla
 from fastllama.lab.records.sources import ROOT
@@ -232,6 +233,7 @@ BLOCKS = {
     "memory": memory,
     "assisted": assisted_table.table,
     "options": options_summary.table,
+    "spread": paper.in_markdown,
 }
 
 
