@@ -130,7 +130,9 @@ def _more(folder: Path) -> dict:
 def work(folder: Path) -> dict:
     """Everything with two processes; with four, the model that has two kv heads."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error", FutureWarning)  # whoever says tp_plan="auto" is not warned of transformers' plans
+        warnings.simplefilter(
+            "error", FutureWarning
+        )  # whoever says tp_plan="auto" is not warned of transformers' plans
         if os.environ["WORLD_SIZE"] == "2":
             return {name: _common(folder, name) for name in ("gqa", "single", "odd")} | {"more": _more(folder)}
         return {"gqa": _common(folder, "gqa")}

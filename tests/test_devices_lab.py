@@ -28,7 +28,9 @@ TIMEOUT_S = 900
 def prompts(tmp_path_factory):
     """Eleven prompts, of which one cannot run."""
     file = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    lines = [json.dumps({"prompt": "def main():" + " x" * (n % 4), "id": n, "max_new_tokens": 3 + n}) for n in range(10)]
+    lines = [
+        json.dumps({"prompt": "def main():" + " x" * (n % 4), "id": n, "max_new_tokens": 3 + n}) for n in range(10)
+    ]
     file.write_text("\n".join([*lines[:4], "no json", *lines[4:]]) + "\n")
     return file
 
@@ -49,8 +51,9 @@ def launch(*words, **more) -> subprocess.CompletedProcess:
 
 
 def test_accelerate_splits_prompts_and_the_results_are_one_process_s(prompts, expected, tiny, tmp_path):
-    out, port = tmp_path / "out.jsonl", ("--multi_gpu", "--num_processes", 2, "--main_process_port", processes.free_port())
-    done = launch(*ACCELERATE, *port, SCRIPT, "--model", tiny, "--prompts", prompts, "--out", out, *HOW)
+    out, port = tmp_path / "out.jsonl", processes.free_port()
+    how = ("--multi_gpu", "--num_processes", 2, "--main_process_port", port)
+    done = launch(*ACCELERATE, *how, SCRIPT, "--model", tiny, "--prompts", prompts, "--out", out, *HOW)
     assert done.returncode == 0, done.stderr
     assert out.read_bytes() == expected
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]  # no process left a file of its own
@@ -107,7 +110,8 @@ def test_a_process_that_dies_ends_the_run_in_one_sentence(tiny, tmp_path):
     file, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     # Slot by slot there are results long before the end, which 4,000 prompts never reach.
     file.write_text("\n".join(json.dumps({"prompt": "def main():", "max_new_tokens": 8}) for _ in range(4000)))
-    words = (*TORCHRUN, processes.free_port(), SCRIPT, "--tensor-parallel", "--model", tiny, "--prompts", file, "--out", out, *HOW)
+    what = (SCRIPT, "--tensor-parallel", "--model", tiny, "--prompts", file, "--out", out)
+    words = (*TORCHRUN, processes.free_port(), *what, *HOW)
     with subprocess.Popen(
         [sys.executable, "-m", *map(str, words)],
         env=processes.environment(),

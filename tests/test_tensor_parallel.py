@@ -105,8 +105,8 @@ def test_what_is_read_and_sent_is_what_the_paper_says(found, vanilla, count, nam
     ],
 )
 def test_heads_that_cannot_be_divided_are_refused_before_anything_is_loaded(size, said):
-    heads = {"num_attention_heads": 6, "kv_heads": 3} if size == 2 else {"kv_heads": 2}
-    _, model = tiny.pair(**heads, head_dim=16)
+    heads = {"num_attention_heads": 6, "kv_heads": 3, "hidden_size": 96} if size == 2 else {"kv_heads": 2}
+    _, model = tiny.pair(**heads)
     config = DistributedConfig(tp_size=size)
     with pytest.raises(ValueError, match=f"tensor parallelism cannot be honoured: {said}"):
         type(model).maybe_distribute_model(model, config, "a mesh that nobody asks")

@@ -19,7 +19,9 @@ def asked_plainly(arguments: dict, weights: str | None) -> dict:
     if config is None and not given:
         return arguments
     if weights is not None:
-        raise ValueError(f"weights={weights!r} cannot be honoured beside tensor parallelism: leave out the one or other")
+        raise ValueError(
+            f"weights={weights!r} cannot be honoured beside tensor parallelism: leave out the one or other"
+        )
     if config is not None:
         return arguments  # transformers has its own word on both together
     from transformers.distributed import DistributedConfig

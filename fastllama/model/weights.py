@@ -18,7 +18,17 @@ from fastllama.kernels.small_product import TILE, Expanded, Small
 from fastllama.model.released import Packing
 from fastllama.model.small_linear import SmallLinear, is_small
 from fastllama.model.sources import is_plain
-from fastllama.model.spread import Group, Joined, SpreadTable, Total, group_of, is_spread, local_heads, part, spread_table
+from fastllama.model.spread import (
+    Group,
+    Joined,
+    SpreadTable,
+    Total,
+    group_of,
+    is_spread,
+    local_heads,
+    part,
+    spread_table,
+)
 from fastllama.model.table import SmallTable, Table, table
 
 Product = Stock | Native | Packed | Small | Expanded | Total | Joined

@@ -160,7 +160,11 @@ def in_markdown(records: list[dict] | None = None, root=None) -> str:
     """The README's table of an eight-way 70B: computed, measured by nobody."""
     machine, positions = Machine(), 4096
     made = costs(BODIES["llama-3-70b"], PROCESSES, positions)
-    lines = [f"{about('llama-3-70b', positions, 1, machine)}:\n", f"| {' | '.join(HEADS)} |", "| ---: " * len(HEADS) + "|"]
+    lines = [
+        f"{about('llama-3-70b', positions, 1, machine)}:\n",
+        f"| {' | '.join(HEADS)} |",
+        "| ---: " * len(HEADS) + "|",
+    ]
     lines += [f"| {' | '.join(_cells(one, made[0], machine))} |" for one in made]
     return "\n".join(lines) + f"\n\n{limit(made, machine)}\n"
 
@@ -188,7 +192,9 @@ def _number(name: str, given: str, kind=int):
     except ValueError:
         value = 0
     if not 0 < value < 1e12:
-        raise ValueError(f"--{name} {given!r} is not allowed; allowed: {'an integer' if kind is int else 'a number'} > 0")
+        raise ValueError(
+            f"--{name} {given!r} is not allowed; allowed: {'an integer' if kind is int else 'a number'} > 0"
+        )
     return value
 
 

@@ -4,11 +4,11 @@ import re
 from dataclasses import MISSING, fields
 from pathlib import Path
 
+from fastllama.lab.devices import paper
 from fastllama.lab.memory import memory_table
 from fastllama.lab.options import summary as options_summary
 from fastllama.lab.points import figures, points_file
 from fastllama.lab.quality import score_file, score_table
-from fastllama.lab.devices import paper
 from fastllama.lab.records import assisted_table, lossy, words
 from fastllama.lab.records.changes import cell, gain, number, own_rows, speed, table, times_vanilla
 from fastllama.lab.records.sources import ROOT

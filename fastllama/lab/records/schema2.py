@@ -113,7 +113,10 @@ _OPTIONAL = {"sampler": object_, "score": or_null(object_), "not_scored": or_nul
 _OPTIONAL["assisted"] = object_
 # Of a point that `world_size` processes measured together: the peak of each, by number, of which max_mem_mb is the
 # largest.
-_OPTIONAL |= {"world_size": small_size, "rank_mem_mb": lambda value: isinstance(value, list) and all(map(number, value))}
+_OPTIONAL |= {
+    "world_size": small_size,
+    "rank_mem_mb": lambda value: isinstance(value, list) and all(map(number, value)),
+}
 _OPTIONAL["rank_mem_mb"].wanted = "a list of numbers"
 
 
