@@ -71,8 +71,8 @@ def _main(name: str, folder: str, *counts: str) -> int:
                     sys.stderr.flush()
                     os._exit(code)
             children.append(child)
-        failed |= any([os.waitpid(child, 0)[1] for child in children])
-    return int(failed)
+        failed |= max([os.waitpid(child, 0)[1] for child in children])
+    return int(failed != 0)
 
 
 if __name__ == "__main__":

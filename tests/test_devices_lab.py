@@ -1,4 +1,4 @@
-"""Several processes in the laboratory: prompts that they split, points that they measure together, and one that dies."""
+"""Several processes in the laboratory: prompts that they split, points that they measure together, one that dies."""
 
 import json
 import subprocess

@@ -1,8 +1,8 @@
 """On paper: what a token of a tensor-parallel Llama costs in bytes and messages, and where more processes stop helping.
 
 Counted as model/spread.py computes: a process reads its heads, its part of the MLP and its rows of the output matrix;
-two sums a layer and one of the embedding, and the logits side by side (Shoeybi et al. 2019, arXiv 1909.08053). A message
-waits for the product before it and holds up the one behind it, so that reading and messages add up.
+two sums a layer and one of the embedding, and the logits side by side (Shoeybi et al. 2019, arXiv 1909.08053). A
+message waits for the product before it and holds up the one behind it, so that reading and messages add up.
 
 Legend: B rows, E hidden size.
 """
@@ -39,8 +39,11 @@ HEADS = (
 
 @dataclass(frozen=True)
 class Machine:
-    """What the time of a token depends on. The defaults are an eight-way H100 SXM node's data sheet (HBM3, and NVLink in
-    one direction); the latency of a message is an assumption, of the size that small sums within a node take."""
+    """What the time of a token depends on.
+
+    The defaults are an eight-way H100 SXM node's data sheet (HBM3, and NVLink in one direction); the latency of a
+    message is an assumption, of the size that small sums within a node take.
+    """
 
     read_gb_per_s: float = 3350.0
     link_gb_per_s: float = 450.0

@@ -187,8 +187,8 @@ def load_alone(point: Point, found: Checkpoint, name: str, pad: int) -> Contesta
 def load_all(point: Point, found: Checkpoint, pad: int) -> list[Contestant]:
     """The point's contestants, the subject first; those after it share its weights and load nothing.
 
-    Weights in few bits, or spread over processes, cannot be shared: the others load their own then. "unassisted" is the subject's own model,
-    in the same reservation, and comes last.
+    Weights in few bits, or spread over processes, cannot be shared: the others load their own then. "unassisted" is the
+    subject's own model, in the same reservation, and comes last.
     """
     subject = load_alone(point, found, point.contestants[0], pad)
     others = []

@@ -74,7 +74,8 @@ def own_bytes() -> int:
 def peaks(point: Point, name: str, more: dict | None = None) -> Peaks:
     """Peaks of contestant `name` loading and generating once, alone in a new process.
 
-    more: environment variables that it has beside this process's. Raises `MemoryError` if the process was killed, and what it raised if it failed.
+    more: environment variables that it has beside this process's. Raises `MemoryError` if the process was killed, and
+    what it raised if it failed.
     """
     # The package need not be installed, nor the working directory be the repository.
     search = os.pathsep.join(filter(None, [_PACKAGE_PARENT, os.environ.get("PYTHONPATH")]))
