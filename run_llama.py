@@ -92,6 +92,11 @@ def _parser() -> argparse.ArgumentParser:
         "--cache-k", "-ctk", help="how keys are stored: f32 f16 bf16 int8 q8_0 q4_0 q4_1 q5_0 q5_1 iq4_nl"
     )
     what.add_argument("--cache-v", "-ctv", help="how values are stored: the same")
+    what.add_argument(
+        "--tensor-parallel",
+        action="store_true",
+        help="the processes that torchrun --nproc-per-node N started hold one model together",
+    )
     what.add_argument("--cache-device", metavar="cpu", help="keep keys, values and attention there, off an accelerator")
     _add_context(parser.add_argument_group("texts longer than the cache, or than the model was made for"))
     sizes = parser.add_argument_group("sizes (comma lists make a product)")
@@ -221,6 +226,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if options.task is not None:
         _refuse(parser, options, ("new_tokens", *_MEASURED), "--task has its own prompts and its own table")
     _check_prompts(parser, options)
+    if options.tensor_parallel:
+        names = ("task", "sweep", "dry_run", "profile", "memory_profile", "memory_only", "static_cache")
+        _refuse(parser, options, names, "--tensor-parallel measures points or generates for --prompts")
     return options
 
 
@@ -278,6 +286,13 @@ def _plan(options: argparse.Namespace):
 
 
 def _run(options: argparse.Namespace) -> int:
+    from fastllama.lab.devices.world import joined
+
+    with joined(options.tensor_parallel, options.prompts is not None) as here:
+        return _run_here(options, here)
+
+
+def _run_here(options: argparse.Namespace, here) -> int:
     from huggingface_hub.utils import logging as hub_logging
     from rich.console import Console
     from transformers.utils import logging
@@ -286,7 +301,7 @@ def _run(options: argparse.Namespace) -> int:
     from fastllama.lab.measuring import measure, warnings
     from fastllama.lab.measuring.progress import progress
     from fastllama.lab.pages import table
-    from fastllama.lab.prompts import many
+    from fastllama.lab.prompts import many, several
     from fastllama.lab.records import export, record
     from fastllama.lab.sweeping import dry_run, sweep, sweep_table
     from fastllama.lab.tasks import command
@@ -299,12 +314,15 @@ def _run(options: argparse.Namespace) -> int:
     if options.prompts is not None:
         (new_tokens,) = options.new_tokens or NEW_TOKENS[:1]
         given = {name: value for name, value in _given(options).items() if name != "new_tokens"}
-        return many.run(given, Path(options.prompts), Path(options.out), options.slots, new_tokens, print)
+        how = (given, Path(options.prompts), Path(options.out), options.slots, new_tokens, print)
+        return many.run(*how) if here.size == 1 else several.run(here, *how)
     if options.record is not None:
         record.check_recordable(options.commit)
     if options.format is not None:
         export.check_output(options.format, options.output, tuple(filter(None, [options.json])))
-    plan = _plan(options)
+    plan = _plan(options).spread_over(here.size)
+    if not here.first:
+        options.json = options.record = options.output = None
     points = plan.points if options.profile_point is None else [plan.find(options.profile_point)]
     warnings.say(points)
     # Where the points go to stdout in a format, nothing else may.

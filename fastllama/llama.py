@@ -11,7 +11,7 @@ from transformers import GenerationConfig, LlamaConfig
 from transformers.generation.utils import GenerateOutput
 from transformers.utils import logging
 
-from fastllama.decode import own_loop
+from fastllama.decode import own_loop, together
 from fastllama.decode.assisted.call import assisted_call
 from fastllama.decode.assisted.companions import Companions
 from fastllama.decode.assisted.report import Assisted
@@ -30,6 +30,7 @@ from fastllama.decode.turn import if_free, in_turn, require_free
 from fastllama.model.config import FastConfig
 from fastllama.model.small_linear import held_format
 from fastllama.model.small_loading import known_to_transformers, quantised_by
+from fastllama.model.spreading import asked_plainly, distribute
 
 logger = logging.get_logger("fastllama")
 # Whether the generate call in progress, in this thread, was handed past_key_values.
@@ -92,6 +93,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         if fast is not None and not isinstance(fast, FastConfig):
             raise ValueError(f"fast={fast!r} is not allowed; allowed: None or a FastConfig")
         weights = None if fast is None else fast.weights
+        kwargs = asked_plainly(kwargs, weights)
         with known_to_transformers(weights):
             result = super().from_pretrained(*args, **quantised_by(weights, kwargs))
         model = result[0] if isinstance(result, tuple) else result
@@ -99,6 +101,11 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         model._engine.default = FastConfig() if fast is None and held_format(model) is not None else fast
         model.free()
         return result
+
+    @classmethod
+    def maybe_distribute_model(cls, model, distributed_config, mesh):
+        """The parent's, for any number of kv heads: `from_pretrained` spreads a model over processes here."""
+        return distribute(super().maybe_distribute_model, model, distributed_config, mesh)
 
     # reservation
 
@@ -261,6 +268,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         streamer=None,
         **model_kwargs,
     ):
+        together.begin(self, generation_config)
         sampling_call.begin(logits_processor, input_ids, model_kwargs.get("attention_mask"))
         obstacle = "past_key_values are given" if _given_cache.get() else None
         obstacle = obstacle or model_obstacle(self)
@@ -299,6 +307,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         **model_kwargs,
     ):
         """The parent's, which takes one row, for any number of rows."""
+        together.begin(self, generation_config)
         sampling_call.begin(logits_processor, input_ids, model_kwargs.get("attention_mask"))
         how = (logits_processor, stopping_criteria, generation_config)
         draft = assistant_model if generation_config.prompt_lookup_num_tokens is None else None

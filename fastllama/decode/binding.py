@@ -10,11 +10,14 @@ from fastllama.model.config import FastConfig
 from fastllama.model.released import Packing
 from fastllama.model.small_linear import held_format, is_small, small_tensors
 from fastllama.model.sources import Sources, all_modules
+from fastllama.model.spread import local, processes
 from fastllama.model.weights import Weights, gather
 
 
 def chooser(model: nn.Module, config: FastConfig, rows: int, nbytes: int = 0) -> Chooser:
     """Who picks each product's formulation. Raises `ValueError` where the one asked for does not exist."""
+    if config.products == "packed" and processes(model) > 1:
+        raise ValueError("products='packed' cannot be honoured: weights that are spread over processes are not packed")
     wanted = "native" if config.compile == "native" else config.products
     choose = Chooser(wanted, rows, nbytes, model.model.norm.weight)
     for format in {module.format for module in all_modules(model) if is_small(module)}:
@@ -79,5 +82,5 @@ class Binding:
 
 def _bytes_held(model: nn.Module) -> int:
     # No tensor outlives this call: a parameter that somebody holds is not packed.
-    tensors = (*model.parameters(), *small_tensors(model))
+    tensors = map(local, (*model.parameters(), *small_tensors(model)))
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())

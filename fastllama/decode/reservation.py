@@ -10,6 +10,7 @@ from fastllama.decode.cache_device import cache_device
 from fastllama.decode.memory_size import parse_size
 from fastllama.model.config import FastConfig
 from fastllama.model.rotary import is_stateful
+from fastllama.model.spread import local, local_heads
 
 _ROUNDING = 256  # an implicit cache grows in steps, so that a slightly longer call reallocates nothing
 _AHEAD = 1024  # new tokens that an implicit cache reserves at once: max_length may be a model's whole context
@@ -28,7 +29,7 @@ def shape_for(model: nn.Module, batch_size: int, cache_length: int, config: Fast
     shape = CacheShape(
         num_layers=len(model.model.layers),
         batch_size=batch_size,
-        num_kv_heads=model.config.num_key_value_heads,
+        num_kv_heads=local_heads(model)[1],
         cache_length=max(cache_length, 2),  # torch specialises sizes 0 and 1
         head_dim=model.model.layers[0].self_attn.head_dim,
         dtype=weight.dtype,
@@ -46,7 +47,8 @@ def within(model: nn.Module, batch_size: int, cache_length: int, config: FastCon
     The weights count as they are held. Raises `ValueError` for what is no size, `MemoryError` with what the smallest
     cache needs where none fits.
     """
-    held = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    here = [local(tensor) for tensor in (*model.parameters(), *model.buffers())]
+    held = {tensor.data_ptr(): tensor.nbytes for tensor in here}
     budget = parse_size(memory) - sum(held.values())
     shape = shape_for(model, batch_size, cache_length, config)
     found = best_fitting(shape, budget, lambda one: bytes_for(model, one))

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP
 
+from fastllama.model import spread
 from fastllama.model.released import is_released
 
 _KNOWN_INPUTS = {
@@ -44,7 +45,7 @@ def model_obstacle(model: nn.Module) -> str | None:
         if kinds != (LlamaDecoderLayer, LlamaAttention, LlamaMLP):
             return "a decoder layer was replaced"
     for module in model.modules():
-        if "forward" in vars(module):
+        if "forward" in vars(module) and not spread.is_spread(module):
             return "a module's forward was replaced"
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         if hasattr(module, "_hf_hook") or any(hook.__module__ != _IDLE_HOOKS for hook in hooks):
@@ -53,7 +54,7 @@ def model_obstacle(model: nn.Module) -> str | None:
     loose = (module for module in model.modules() if not is_released(module))
     if any(p is not None and p.is_meta for module in loose for p in module._parameters.values()):
         return "weights are not loaded (meta device)"
-    return None
+    return spread.obstacle(model)
 
 
 def call_obstacle(model: nn.Module, generation_config, synced_gpus: bool, inputs: dict) -> str | None:

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from fastllama.lab.devices import paper
 from fastllama.lab.measuring import compare, doctor
 from fastllama.lab.memory import memory_table, planner
 from fastllama.lab.options import command as options
@@ -45,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     memory_table.arguments(commands)
     parallel.arguments(commands)
     soak.arguments(commands)
+    paper.arguments(commands)
     return parser
 
 
@@ -87,6 +89,8 @@ def _run(arguments) -> int:
         return memory_table.run(arguments)
     if arguments.command == "parallel":
         return parallel.run(arguments)
+    if arguments.command == "spread":
+        return paper.run(arguments)
     if arguments.command == "compare":
         return compare.run(arguments)
     if arguments.command == "eval":

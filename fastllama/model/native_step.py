@@ -17,6 +17,7 @@ from fastllama.kernels.stored import FLOATS
 from fastllama.model.rotary import RotaryTable, is_stateful
 from fastllama.model.small_linear import SmallEmbedding, SmallHead, SmallLinear, held_format
 from fastllama.model.sources import all_modules, is_plain
+from fastllama.model.spread import processes
 from fastllama.model.table import SmallTable
 from fastllama.model.weights import Weights
 
@@ -33,6 +34,8 @@ def obstacle(model: nn.Module, shape: CacheShape) -> str | None:
         return f"rope_type {model.model.rotary_emb.rope_type!r} depends on the longest position"
     if shape.head_dim not in NATIVE_HEAD_DIMS:
         return f"head_dim is {shape.head_dim} and not one of {', '.join(map(str, NATIVE_HEAD_DIMS))}"
+    if processes(model) > 1:
+        return f"the model is spread over {processes(model)} processes, and a C++ step is one process's"
     body, layers = model.model, model.model.layers
     held = held_format(model)
     if held is not None and native_obstacle(held, shape.device) is not None:

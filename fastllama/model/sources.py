@@ -3,6 +3,7 @@
 from torch import nn
 
 from fastllama.model.released import is_released
+from fastllama.model.spread import local
 
 
 def all_modules(model: nn.Module) -> list[nn.Module]:
@@ -32,7 +33,7 @@ def _addresses(module: nn.Module) -> tuple:
     if is_released(module):
         return ("packed",)
     tensors = (*module._parameters.items(), *module._buffers.items())
-    return tuple((name, t.data_ptr(), t.dtype) for name, t in tensors if t is not None and not t.is_meta)
+    return tuple((name, local(t).data_ptr(), t.dtype) for name, t in tensors if t is not None and not t.is_meta)
 
 
 class Sources:

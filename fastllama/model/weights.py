@@ -18,9 +18,20 @@ from fastllama.kernels.small_product import TILE, Expanded, Small
 from fastllama.model.released import Packing
 from fastllama.model.small_linear import SmallLinear, is_small
 from fastllama.model.sources import is_plain
+from fastllama.model.spread import (
+    Group,
+    Joined,
+    SpreadTable,
+    Total,
+    group_of,
+    is_spread,
+    local_heads,
+    part,
+    spread_table,
+)
 from fastllama.model.table import SmallTable, Table, table
 
-Product = Stock | Native | Packed | Small | Expanded
+Product = Stock | Native | Packed | Small | Expanded | Total | Joined
 
 
 class Choice(Protocol):
@@ -71,7 +82,7 @@ class Block(NamedTuple):
 class Weights(NamedTuple):
     """Everything a forward pass reads, and the sizes it needs. `words` names what is fused and how it is multiplied."""
 
-    embed: Table | SmallTable | nn.Module
+    embed: Table | SmallTable | SpreadTable | nn.Module
     blocks: tuple[Block, ...]
     norm: Norm | nn.Module
     lm_head: Product | nn.Module
@@ -116,12 +127,12 @@ def _one_storage(parameters: list[nn.Parameter]) -> torch.Tensor:
 class _Gatherer:
     """Reads a model's weights, each in the formulation that `choose` gives it."""
 
-    def __init__(self, choose: Choice, packing: Packing):
-        self.choose, self.packing = choose, packing
+    def __init__(self, choose: Choice, packing: Packing, group: Group | None = None):
+        self.choose, self.packing, self.group = choose, packing, group
         self.kinds: Counter[str] = Counter()
 
     def product(self, modules: tuple[nn.Module, ...], tied: bool = False) -> Product:
-        """The product of plain modules that share their input. A weight that is also the embedding stays as it is."""
+        """The product of plain modules that share their input. A weight that is `tied` to others is never packed."""
         weight = _one_storage([module.weight for module in modules])
         bias = None if modules[0].bias is None else _one_storage([module.bias for module in modules])
         kind = self.choose(weight, not tied)
@@ -149,10 +160,24 @@ class _Gatherer:
             return self.small((module,))
         if is_plain(module):
             return self.product((module,), tied)
+        if self.group is not None and is_spread(module):
+            return self.exchanged(module)
         self.kinds["by module"] += 1
         return module
 
+    def exchanged(self, module: nn.Linear) -> Total | Joined:
+        """The product of a module of which each process holds columns, or rows."""
+        mine = part(module)
+        if mine.weight.shape[1] != module.in_features:
+            return Total(self.product((mine._replace(bias=None),), tied=True), mine.bias, self.group)
+        return Joined(self.product((mine,), tied=True), module.out_features, self.group)
+
     def several(self, modules: tuple[nn.Module, ...], fuse: bool) -> Fused | Parallel:
+        if self.group is not None and all(is_spread(module) for module in modules):
+            parts = tuple(part(module) for module in modules)  # each process goes on with its own rows
+            if fuse:
+                return Fused(self.product(parts, tied=True), tuple(mine.out_features for mine in parts))
+            return Parallel(tuple(self.product((mine,), tied=True) for mine in parts))
         plain = all(is_plain(module) for module in modules)
         if fuse and plain and len({(m.weight.dtype, m.weight.device, m.bias is None) for m in modules}) == 1:
             return Fused(self.product(modules), tuple(module.out_features for module in modules))
@@ -169,7 +194,8 @@ class _Gatherer:
         kinds = " + ".join(f"{count} {kind}" for kind, count in sorted(self.kinds.items()))
         formats = {block.down.format for block in blocks if isinstance(block.down, (Small, Expanded))}
         held = "".join(f"weights {format}, " for format in sorted(formats))
-        return f"{held}{'fused ' + ', '.join(fused) if fused else 'nothing fused'}, products: {kinds}"
+        spread = "" if self.group is None else f", tensor parallel over {self.group.size} processes"
+        return f"{held}{'fused ' + ', '.join(fused) if fused else 'nothing fused'}, products: {kinds}{spread}"
 
 
 def _lie_in_tiles(modules: tuple[nn.Module, ...]) -> bool:
@@ -187,7 +213,8 @@ def _norm(module: nn.Module) -> Norm | nn.Module:
 
 def gather(model: nn.Module, fuse: str, choose: Choice, choose_attention: AttentionChoice, packing: Packing) -> Weights:
     """Collects and fuses the weights of a transformers Llama. `fuse`: "all", "qkv" or "no"."""
-    gatherer = _Gatherer(choose, packing)
+    group = group_of(model)
+    gatherer = _Gatherer(choose, packing, group)
     embedding, head = model.model.embed_tokens, model.lm_head
     blocks = []
     # Views made under inference mode could never be trained again.
@@ -207,12 +234,12 @@ def gather(model: nn.Module, fuse: str, choose: Choice, choose_attention: Attent
                 )
             )
         lm_head = gatherer.one(head, tied)
-        embed = table(embedding)
+        embed = spread_table(embedding, group) if is_spread(embedding) else table(embedding)
         norm = _norm(model.model.norm)
     attention = model.model.layers[0].self_attn
     opaque = gatherer.kinds["by module"] or isinstance(embed, nn.Module) or isinstance(norm, nn.Module)
     opaque = opaque or any(isinstance(x, nn.Module) for block in blocks for x in (block.input_norm, block.post_norm))
-    sizes = (model.config.num_attention_heads, model.config.num_key_value_heads, attention.head_dim)
+    sizes = (*local_heads(model), attention.head_dim)
     return Weights(
         embed=embed,
         blocks=tuple(blocks),

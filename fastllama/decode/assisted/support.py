@@ -16,6 +16,7 @@ from fastllama.decode.assisted.processing import are_pure
 from fastllama.decode.assisted.schedule import SCHEDULES
 from fastllama.decode.support import model_obstacle
 from fastllama.model.rotary import is_stateful
+from fastllama.model.spread import processes
 
 OWN = ("p_split", "draft_branches")  # arguments of ours that transformers does not know
 ASKED = ("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold", *OWN)
@@ -131,6 +132,8 @@ def obstacle(
     generation_config,
 ) -> str | None:
     """Why this call must run the parent's assisted decoding; None when it need not."""
+    if processes(model) > 1:
+        return "assistance follows a clock, and each process of a spread model has its own"
     for name in _OTHER_WAYS:
         if getattr(generation_config, name, None):
             return name
@@ -157,7 +160,7 @@ def _draft_obstacle(model: nn.Module, draft: nn.Module, other_tokenizer: bool) -
         return "the draft is the model itself"
     if not isinstance(draft, LlamaForCausalLM):
         return f"the draft is a {type(draft).__name__}"
-    reason = model_obstacle(draft)
+    reason = model_obstacle(draft) or ("it is spread over processes" if processes(draft) > 1 else None)
     return None if reason is None else f"the draft: {reason}"
 
 

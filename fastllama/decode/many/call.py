@@ -5,6 +5,7 @@ from numbers import Integral
 
 from torch import nn
 
+from fastllama.decode import together
 from fastllama.decode.context.choose import require_unmoved
 from fastllama.decode.engine import Engine
 from fastllama.decode.many import prompts as reading
@@ -82,6 +83,8 @@ def run_many(
         words = "no prompt could run"
         if rows:
             count = min(_slots(engine, slots), len(rows))
+            if any(row.rules.do_sample for row in rows):
+                together.share_draws(model)
             _run(model, engine, rows, count, chunk, shared_prefix, Chooser(model.device), keep)
             words = f"{engine.words()}, {count} slots"
         return results, words

@@ -9,6 +9,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
+from fastllama.decode import together
 from fastllama.decode.assisted.processing import Processing
 from fastllama.decode.sampling import call as sampling_call
 from fastllama.decode.sampling.options import Sampling
@@ -130,6 +131,7 @@ class Asked:
         )
 
     def _require(self, config: GenerationConfig, inputs: dict) -> None:
+        together.require(self.model, config)
         obstacle, mode = None, config.get_generation_mode()
         if mode not in _MODES:
             obstacle = f"the decoding mode is {mode.value.replace('_', ' ')}"

@@ -10,6 +10,7 @@ from fastllama.kernels import native
 from fastllama.lab.measuring.checkpoint import position_bytes
 from fastllama.lab.measuring.contestant import synchronize
 from fastllama.model.small_linear import small_tensors
+from fastllama.model.spread import local
 
 _BYTES = 512 * 2**20
 _COLUMNS = 4096
@@ -70,16 +71,19 @@ def step_bytes(
     new_tokens: int,
     cache_k: str | None = None,
     cache_v: str | None = None,
+    world_size: int = 1,
 ) -> int:
-    """Bytes that one decode step in mid-generation must read.
+    """Bytes that one decode step in mid-generation must read; of one of `world_size` processes that hold the model.
 
     Every weight once, as it is held, but the input embedding only where the output uses the same matrix; and each row's
     keys and values: its prompt (`lengths`, real tokens) and half of the new tokens, as `cache_k` and `cache_v` store
     them (None: in the model's dtype).
     """
-    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *small_tensors(model))}
-    embedding = model.get_input_embeddings().weight
-    if embedding.data_ptr() != model.get_output_embeddings().weight.data_ptr():
+    here = map(local, (*model.parameters(), *small_tensors(model)))
+    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in here}
+    embedding = local(model.get_input_embeddings().weight)
+    if embedding.data_ptr() != local(model.get_output_embeddings().weight).data_ptr():
         del tensors[embedding.data_ptr()]
     positions = sum(lengths) + len(lengths) * new_tokens // 2
-    return sum(tensors.values()) + position_bytes(model.config, model.dtype.itemsize, cache_k, cache_v) * positions
+    position = position_bytes(model.config, model.dtype.itemsize, cache_k, cache_v) // world_size
+    return sum(tensors.values()) + position * positions

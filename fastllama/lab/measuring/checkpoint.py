@@ -119,6 +119,8 @@ def require_room(checkpoint: Checkpoint, point: Point) -> None:
     """Raises `MemoryError` before any work if the weights and one cache cannot fit."""
     device, itemsize = torch.device(point.device), point.torch_dtype.itemsize
     weights = checkpoint.weight_bytes(point.torch_dtype, None)
+    if device.type != "cpu":  # of its own, while all share the memory of a CPU
+        weights //= point.world_size
     if point.weights is not None:  # transformers' own model has floats of its own beside them
         weights += checkpoint.weight_bytes(point.torch_dtype, point.weights)
     cache = position_bytes(checkpoint.config, itemsize) * point.workload.batch_size * point.positions
@@ -151,7 +153,8 @@ def load(checkpoint: Checkpoint, cls, dtype: torch.dtype, device: torch.device, 
 
     Raises `ValueError` for corrupt or missing weights, `MemoryError` when they do not fit.
     """
-    arguments |= {} if device.type == "cpu" else {"device_map": {"": device}}
+    if "distributed_config" not in arguments and device.type != "cpu":
+        arguments |= {"device_map": {"": device}}
     start = time.perf_counter()
     try:
         with explained(checkpoint.name):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import StaticCache
+from transformers.distributed import DistributedConfig
 
 import fastllama
 from fastllama.lab.fault import explained
@@ -164,10 +165,14 @@ def load_alone(point: Point, found: Checkpoint, name: str, pad: int) -> Contesta
     """One contestant by itself, as its user would load it: compiled and preallocated as the point says."""
     cls = fastllama.LlamaForCausalLM if name == "ours" else vanilla.LlamaForCausalLM
     fast = {"fast": point.config} if name == "ours" and point.weights is not None else {}
+    if point.world_size > 1:
+        fast["distributed_config"] = DistributedConfig(tp_plan="auto")
     model, seconds = checkpoint.load(found, cls, point.torch_dtype, torch.device(point.device), **fast)
     vanilla.plain_greedy(model, pad)
     contestant = Contestant(name, model, seconds, sampler=point.workload.sampler, seed=point.workload.seed)
     contestant.prefill_chunk = None if name == "ours" else point.prefill_chunk
+    if point.world_size > 1 and name == "vanilla":
+        contestant._path = f"transformers, eager, tensor parallel over {point.world_size} processes"
     if name == "static":
         contestant.positions = point.positions
         contestant._path = f"transformers, eager, static cache of {point.positions}"
@@ -183,13 +188,13 @@ def load_alone(point: Point, found: Checkpoint, name: str, pad: int) -> Contesta
 def load_all(point: Point, found: Checkpoint, pad: int) -> list[Contestant]:
     """The point's contestants, the subject first; those after it share its weights and load nothing.
 
-    Weights in few bits cannot be shared: the others load their floats then. "unassisted" is the subject's own model,
-    in the same reservation, and comes last.
+    Weights in few bits, or spread over processes, cannot be shared: the others load their own then. "unassisted" is the
+    subject's own model, in the same reservation, and comes last.
     """
     subject = load_alone(point, found, point.contestants[0], pad)
     others = []
     for name in point.contestants[1:]:
-        if point.weights is not None:
+        if point.weights is not None or point.world_size > 1:
             others.append(load_alone(point, found, name, pad))
             continue
         model = vanilla.share(subject.model, found.config)

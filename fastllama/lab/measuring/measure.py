@@ -9,6 +9,7 @@ from dataclasses import asdict
 import torch
 from torch._dynamo.utils import counters
 
+from fastllama.lab.devices import ranks
 from fastllama.lab.measuring import assisted, checkpoint, contestant, drafting, parity
 from fastllama.lab.measuring.ceiling import Ceiling, step_bytes
 from fastllama.lab.measuring.contestant import Contestant
@@ -47,6 +48,8 @@ def measure(point: Point, progress: Callable[[str], None] = lambda doing: None) 
     device = torch.device(point.device)
     found = checkpoint.find(point.model, point.torch_dtype)
     tokenizer = checkpoint.tokenizer(found)
+    if point.world_size > 1:
+        ranks.require_vanilla(point, found.config)
     drafting.require_match(point, tokenizer)
     checkpoint.require_room(found, point)
     prompt = workload.prompt(point.workload, tokenizer)
@@ -63,17 +66,24 @@ def measure(point: Point, progress: Callable[[str], None] = lambda doing: None) 
         release(point, contestants)
     if point.lossy_switches:
         progress("scoring")
-        record["score"], record["not_scored"] = quality.of_point(point, found)
+        spread = (None, "scores are of one process, and the model was spread over several")
+        record["score"], record["not_scored"] = quality.of_point(point, found) if point.world_size == 1 else spread
     # Last, since two copies of the weights at once might not fit, and since these processes would leave
     # compiled code on the disk, so that compile_s would never be what a first run takes.
     for name, measured in zip(point.contestants, (record, record["baseline"]), strict=False):
         progress(f"memory of {name}")
-        peaks = asdict(memory.peaks(point, name))
+        if point.world_size > 1:
+            highest, each_mb = ranks.peaks(point, name)
+            record.setdefault("rank_mem_mb", each_mb)
+        else:
+            highest = memory.peaks(point, name)
+        peaks = asdict(highest)
         load_s = peaks.pop("load_s")
         measured.update(peaks)
         # A contestant that shares the other's weights loads nothing here, but in its own process it did.
         measured["load_s"] = load_s if measured["load_s"] is None else measured["load_s"]
-    record["predicted_mb"] = predicted.nbytes / 1e6
+    if point.world_size == 1:
+        record["predicted_mb"] = predicted.nbytes / 1e6
     return digest.seal({**record, "source_sha256": source})
 
 
@@ -181,7 +191,8 @@ def _record(point: Point, contestants, prompt: Prompt, tokenizer, recompiles: in
     steps_per_s = ours["row_tok_per_s"]
     # Asking ours would unpack what it has packed; what shares its weights reads as many bytes.
     read_by = reference if point.weights is None else subject
-    step = step_bytes(read_by.model, prompt.lengths, point.workload.new_tokens, *point.cache_formats)
+    sizes = (prompt.lengths, point.workload.new_tokens, *point.cache_formats)
+    step = step_bytes(read_by.model, *sizes, world_size=point.world_size)
     step = _assisted_bytes(point, subject, prompt, step) if point.assistance.active else step
     read = None if steps_per_s is None else step * steps_per_s / 1e9
     identity = point.identity()

@@ -26,6 +26,7 @@ from fastllama.lab.points import workload
 from fastllama.lab.points.point import Point
 from fastllama.model.released import is_released
 from fastllama.model.small_linear import small_tensors
+from fastllama.model.spread import local
 
 _POLL_S = 0.002
 _FAULTS = {cls.__name__: cls for cls in (ValueError, OSError, MemoryError, RuntimeError)}
@@ -70,14 +71,15 @@ def own_bytes() -> int:
     return _anonymous_bytes(os.getpid())
 
 
-def peaks(point: Point, name: str) -> Peaks:
+def peaks(point: Point, name: str, more: dict | None = None) -> Peaks:
     """Peaks of contestant `name` loading and generating once, alone in a new process.
 
-    Raises `MemoryError` if the process was killed, and what it raised if it failed.
+    more: environment variables that it has beside this process's. Raises `MemoryError` if the process was killed, and
+    what it raised if it failed.
     """
     # The package need not be installed, nor the working directory be the repository.
     search = os.pathsep.join(filter(None, [_PACKAGE_PARENT, os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": search}
+    environment = {**os.environ, "PYTHONPATH": search, **(more or {})}
     task = json.dumps({"point": asdict(point), "name": name}).encode()
     with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as noise:
         given.write(task)
@@ -123,7 +125,7 @@ def mapped_bytes(model: torch.nn.Module) -> int | None:
     modules = [module for module in model.modules() if not is_released(module)]
     parameters = [tensor for module in modules for tensor in module.parameters(recurse=False)]
     tensors = (*parameters, *small_tensors(model))
-    sizes = {tensor.data_ptr(): tensor.nbytes for tensor in tensors if tensor.device.type == "cpu"}
+    sizes = {tensor.data_ptr(): tensor.nbytes for tensor in map(local, tensors) if tensor.device.type == "cpu"}
     return sum(nbytes for at, nbytes in sizes.items() if any(start <= at < end for start, end in ranges))
 
 

@@ -210,8 +210,19 @@ def fit(point: Point, only_memory: bool = False) -> Fit:
     if only_memory:
         return Fit(point, predict(point, point.contestants[0]).nbytes, free)
     peaks = [predict(point, name) for name in point.contestants]
+    if point.world_size > 1:
+        return Fit(point, _together(point, peaks), free)
     weights = peaks[0].weights if point.weights is None else sum(peak.weights for peak in peaks)
     together = weights + sum(peak.cache for peak in peaks) + max(peak.work for peak in peaks)
     # The contestants are gone when each is measured in a process of its own.
     alone = max(peak.nbytes for peak in peaks)
     return Fit(point, max(together, alone), free)
+
+
+def _together(point: Point, peaks: list[Peak]) -> int:
+    """Bytes of contestants that processes hold together: all of it on a CPU, which they share, or each one's part."""
+    size = point.world_size
+    held = sum(peak.weights + peak.cache for peak in peaks)
+    if torch.device(point.device).type == "cpu":
+        return held + size * max(peak.base + peak.work for peak in peaks)
+    return held // size + max(peak.base + peak.work for peak in peaks)

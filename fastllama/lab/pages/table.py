@@ -105,6 +105,9 @@ def _notes(point: dict, is_random: bool) -> list:
     )
     if "predicted_mb" in point:
         lines.append(f"peak predicted before loading: {number(point['predicted_mb'])} MB")
+    if "rank_mem_mb" in point:
+        each = ", ".join(number(value) for value in point["rank_mem_mb"])
+        lines.append(f"tensor parallel over {point['world_size']} processes, with peaks of {each} MB")
     found = point["first_divergence"]
     if found is not None:
         margin = found["margin"]

@@ -58,6 +58,8 @@ def workload(point: dict) -> tuple:
     Assistance (None without) and sampler in words: an assisted point is compared with others that are so assisted.
     """
     sizes = tuple(point[name] for name in ("model", "dtype", "batch_size", "prompt_length", "new_tokens"))
+    if "world_size" in point:  # which is not the same as one process's
+        sizes = (sizes[0], f"{sizes[1]} over {point['world_size']} processes", *sizes[2:])
     # A point from before there was a sampler is greedy.
     return (*sizes, assistance(point), str(Sampler(**point.get("sampler", {}))))
 

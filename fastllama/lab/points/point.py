@@ -22,7 +22,8 @@ class Point:
     of the switches only `compile` and `prefill_chunk` mean something: any other raises `ValueError`, as does a
     cache_length, or one that is too short for prompt and new tokens. With `static_cache` transformers' model
     generates from its own StaticCache, which is what reserves cache_length positions then. With `assistance` ours is
-    timed assisted and unassisted, in turns.
+    timed assisted and unassisted, in turns. `world_size` processes hold the model together (tensor parallelism), and
+    each measures this point at the same time.
     """
 
     model: str
@@ -36,6 +37,7 @@ class Point:
     assistance: Assistance = field(default_factory=Assistance)
     runs: int = 5
     warmup: int = 2
+    world_size: int = 1
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
@@ -48,6 +50,8 @@ class Point:
                 raise ValueError("--static-cache is transformers' own cache: leave out --preallocate")
         else:
             self._require_vanilla()
+        if self.world_size > 1:
+            self._require_spread()
         # What shifts needs a position beside the prompt.
         new_tokens = 1 if self.preallocate and shifts(self.config) else self.workload.new_tokens
         if self.cache_length is not None and self.cache_length < self.workload.prompt_length + new_tokens:
@@ -69,6 +73,16 @@ class Point:
             flags = ", ".join(_flag(name) for name in given)
             raise ValueError(f"{flags} needs --preallocate: transformers' own model has no such switch")
         fastllama.FastConfig(**self.switches)
+
+    def _require_spread(self) -> None:
+        """Refuses what a model that is spread over processes cannot do."""
+        for name, value in (("--compile", "native"), ("--products", "packed")):
+            if self.switches.get(name[2:]) == value:
+                raise ValueError(f"{name} {value} cannot be honoured beside --tensor-parallel: it is for one process")
+        if self.weights is not None:
+            raise ValueError("--weights cannot be honoured beside --tensor-parallel: whole weights are quantised")
+        if self.assistance.active:
+            raise ValueError("assistance cannot be honoured beside --tensor-parallel: it follows one process's clock")
 
     @classmethod
     def from_dict(cls, values: dict) -> "Point":
@@ -166,6 +180,7 @@ class Point:
             "sampler": self.workload.sampler.arguments,
             "switches": {"preallocate": self.preallocate, **config, "compile": self.compile},
             **assisted,
+            **({"world_size": self.world_size} if self.world_size > 1 else {}),
         }
 
     def _assisted(self) -> dict:
@@ -192,7 +207,10 @@ class Point:
 
     def command(self) -> str:
         """The command line that measures this point alone; a path is given by its last part."""
-        words = ["python", "run_llama.py", "--model", self.model_name, "--dtype", self.dtype, "--device", self.device]
+        words = ["python", "run_llama.py"]
+        if self.world_size > 1:
+            words = ["torchrun", "--nproc-per-node", str(self.world_size), "run_llama.py", "--tensor-parallel"]
+        words += ["--model", self.model_name, "--dtype", self.dtype, "--device", self.device]
         words += ["--preallocate"] if self.preallocate else []
         words += ["--static-cache"] if self.static_cache else []
         words += ["--compile", self.compile]

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -86,24 +87,43 @@ def run(given: dict, prompts: Path, out: Path, slots: int | None, new_tokens: in
     results = Results(out, {"prompts": sha256, **settings(point)}, len(lines))
     before = len(results.done)
     try:
-        totals = _fill(results, lines, point)
+        totals = fill(results.add, [line for line in lines if line.index not in results.done], point)
     finally:
         results.close()
     results.finish()
-    failed = sum('"finish": "error"' in line for line in results.lines.values())
-    notes = [f"{before} of them done before"] * bool(before) + [f"{failed} with an error"] * bool(failed)
-    say(f"{len(lines)} prompts{''.join(f', {note}' for note in notes)}; {totals}; written to {out}")
+    say(summary(results, before, f"{totals}", out))
     return 0
 
 
-def _fill(results: Results, lines: list[Asked], point: Point) -> str:
-    """Adds every missing result; returns the totals in words."""
+def summary(results: Results, before: int, totals: str, out: Path) -> str:
+    """What was done, for people. before: results that were there already."""
+    failed = sum('"finish": "error"' in line for line in results.lines.values())
+    notes = [f"{before} of them done before"] * bool(before) + [f"{failed} with an error"] * bool(failed)
+    return f"{results.count} prompts{''.join(f', {note}' for note in notes)}; {totals}; written to {out}"
+
+
+class Totals(NamedTuple):
+    """What was generated, in how long, and how; path None where there was nothing to generate."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    path: str | None = None
+
+    def __str__(self) -> str:
+        if self.path is None:
+            return "nothing was left to generate"
+        speed = self.tokens / self.seconds
+        return f"{self.tokens:,} tokens in {self.seconds:.1f} s: {speed:,.1f} tok/s ({self.path})"
+
+
+def fill(add: Callable[[int, dict], None], lines: list[Asked], point: Point) -> Totals:
+    """Adds a result for each line; what is wrong with a line is its result."""
     for line in lines:
-        if line.error is not None and line.index not in results.done:
-            results.add(line.index, _entry(line, None, ""))
-    left = [line for line in lines if line.index not in results.done]
+        if line.error is not None:
+            add(line.index, _entry(line, None, ""))
+    left = [line for line in lines if line.error is None]
     if not left:
-        return "nothing was left to generate"
+        return Totals()
     found = checkpoint.find(point.model, point.torch_dtype)
     tokenizer = checkpoint.tokenizer(found)
     prompts = [tokenizer(line.prompt, verbose=False).input_ids for line in left]
@@ -113,7 +133,8 @@ def _fill(results: Results, lines: list[Asked], point: Point) -> str:
 
     def keep(place: int, result: Generated) -> None:
         line = left[place]
-        results.add(line.index, _entry(line, result, str(tokenizer.decode(list(result.ids), skip_special_tokens=True))))
+        text = str(tokenizer.decode(list(result.ids), skip_special_tokens=True))
+        add(line.index, _entry(line, result, text))
 
     try:
         made, seconds = generate(model, sizes, prompts, limits, on_result=keep)
@@ -121,5 +142,4 @@ def _fill(results: Results, lines: list[Asked], point: Point) -> str:
     finally:
         model.free()
         gc.collect()
-    tokens = sum(result.new_tokens for result in made)
-    return f"{tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.1f} tok/s ({path})"
+    return Totals(sum(result.new_tokens for result in made), seconds, path)

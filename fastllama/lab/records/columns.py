@@ -127,6 +127,12 @@ def _chosen(points: list[dict], field: str, known: list[str]) -> list[Column]:
     return made
 
 
+_RANKS = [  # of points that several processes measured together
+    Column("world_size", int, "options", _at("world_size")),
+    Column("smallest_rank_mem_mb", float, "memory", lambda point: min(point.get("rank_mem_mb", []), default=None), 1),
+]
+
+
 def options(points: list[dict]) -> list[Column]:
     """What was chosen for a point: workload, sampler and switches, of which those that vary are compared."""
     switches = ["preallocate", *(field.name for field in fields(FastConfig))]
@@ -141,7 +147,8 @@ def of_points(points: list[dict]) -> list[Column]:
     ValueError if a switch has the name of another column.
     """
     assisted = _ASSISTED if any("assisted" in point for point in points) else []
-    made = [*_RECORD, *options(points), *assisted, *_MEASURED, *_MACHINE]
+    ranks = _RANKS if any("world_size" in point for point in points) else []
+    made = [*_RECORD, *options(points), *ranks, *assisted, *_MEASURED, *_MACHINE]
     names = [column.name for column in made]
     for name in names:
         if names.count(name) > 1:

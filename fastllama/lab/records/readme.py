@@ -4,6 +4,7 @@ import re
 from dataclasses import MISSING, fields
 from pathlib import Path
 
+from fastllama.lab.devices import paper
 from fastllama.lab.memory import memory_table
 from fastllama.lab.options import summary as options_summary
 from fastllama.lab.points import figures, points_file
@@ -232,6 +233,7 @@ BLOCKS = {
     "memory": memory,
     "assisted": assisted_table.table,
     "options": options_summary.table,
+    "spread": paper.in_markdown,
 }
 
 

@@ -121,6 +121,13 @@ _OPTIONAL: dict[str, Any] = {
     "predicted_mb": number,
 }
 _OPTIONAL["assisted"] = object_
+# Of a point that `world_size` processes measured together: the peak of each, by number, of which max_mem_mb is the
+# largest.
+_OPTIONAL |= {
+    "world_size": small_size,
+    "rank_mem_mb": lambda value: isinstance(value, list) and all(map(number, value)),
+}
+_OPTIONAL["rank_mem_mb"].wanted = "a list of numbers"
 
 
 @wants("a string without a path")
@@ -194,6 +201,16 @@ def _check_sizes(point: dict) -> None:
         raise ValueError(f"field distinct_tokens is {point['distinct_tokens']} of {point['new_tokens']} new tokens")
 
 
+def _check_ranks(point: dict) -> None:
+    if "world_size" not in point and "rank_mem_mb" not in point:
+        return
+    size, each = point.get("world_size", 1), point.get("rank_mem_mb", [])
+    if size < 2 or len(each) != size:
+        raise ValueError(f"field rank_mem_mb has {len(each)} numbers and world_size is {size}")
+    if max(each) != point["max_mem_mb"]:
+        raise ValueError(f"field max_mem_mb is {point['max_mem_mb']} but the largest of rank_mem_mb is {max(each)}")
+
+
 def check_point(point: dict, also: dict | None = None) -> None:
     """ValueError, naming the field, if the object is not a point of schema 2; also: further fields, a record's."""
     optional = {field: kind for field, kind in _OPTIONAL.items() if field in point}
@@ -210,6 +227,7 @@ def check_point(point: dict, also: dict | None = None) -> None:
     _check_sizes(point)
     _check_parity(point)
     _check_score(point)
+    _check_ranks(point)
     if "assisted" in point:
         assisted.check_point(point, schema1.check_runs, _check_divergence, _EXACT)
     if point["parity"] == "drawn" and not ("assisted" in point and sampler.get("do_sample")):

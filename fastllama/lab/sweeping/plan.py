@@ -40,6 +40,11 @@ class Plan:
     planned: list[Planned]
     left_out: list[tuple[str, str]]
 
+    def spread_over(self, world_size: int) -> "Plan":
+        """The same points, each measured by so many processes together. `ValueError` for one that cannot be."""
+        planned = [replace(each, point=replace(each.point, world_size=world_size)) for each in self.planned]
+        return replace(self, planned=planned)
+
     @property
     def points(self) -> list[Point]:
         return [each.point for each in self.planned]
