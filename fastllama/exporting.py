@@ -1,9 +1,27 @@
-"""export(): the decode step as one file that runs without the Python code of fastllama or transformers."""
+"""export(): the decode step as one file that runs without the Python code of fastllama or transformers.
+
+A greedy loop on such a file, in a process that has torch and nothing else:
+
+    import json, torch
+
+    run = torch._inductor.aoti_load_package("step.pt2")
+    said = run.get_metadata()
+    rows, layers = int(said["batch_size"]), int(said["num_layers"])
+    keys, values = ([torch.zeros(json.loads(said["cache_shape"])) for _ in range(layers)] for _ in range(2))
+    valid_past_index, positions = torch.zeros(rows, dtype=torch.int64), torch.arange(int(said["cache_length"]))
+    ids, text = torch.tensor([[1, 17, 23]] * rows), []
+    for _ in range(16):
+        logits = run(ids, torch.full((rows,), ids.shape[1]), valid_past_index, positions, keys, values)
+        ids = logits.argmax(-1, keepdim=True)
+        text.append(ids)
+    print(torch.cat(text, 1).tolist())
+"""
 
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from transformers.utils import logging
 
 from fastllama.cache.budget import CacheShape, require
 from fastllama.decode.binding import require_weights
@@ -14,6 +32,8 @@ from fastllama.decode.switches import switched
 from fastllama.llama import LlamaForCausalLM
 from fastllama.model.config import FastConfig
 from fastllama.model.rotary import is_stateful
+
+logger = logging.get_logger("fastllama")
 
 
 def export(
@@ -47,15 +67,22 @@ def export(
     and without a compiler; `MemoryError` for a cache that does not fit.
     """
     if not isinstance(model, LlamaForCausalLM):
-        raise ValueError(f"export takes a fastllama.LlamaForCausalLM, not a {type(model).__name__}")
+        kind = f"{type(model).__name__} of {type(model).__module__.split('.')[0]}"
+        raise ValueError(f"export takes a fastllama.LlamaForCausalLM, not a {kind}")
     path = _checked(path)
-    config = switched(config, None, switches)
+    config = switched(config, None, switches, "export")
     obstacle = model_obstacle(model)
     if obstacle is not None:
         raise ValueError(f"export cannot be honoured: {obstacle}")
-    cache_length = model.config.max_position_embeddings if cache_length is None else cache_length
+    longest = model.config.max_position_embeddings
+    cache_length = longest if cache_length is None else cache_length
     shape = shape_for(model, batch_size, cache_length, config)
     _require_exportable(model, config, shape)
+    if cache_length > longest:
+        logger.warning(
+            f"cache_length {cache_length} is longer than max_position_embeddings {longest}: "
+            "the model was not trained for positions beyond it"
+        )
     require(bytes_for(model, shape), shape.device, f"tracing with a cache of {batch_size} x {cache_length} positions")
     with torch.inference_mode(False), torch.no_grad(), model._engine.lock:
         model._engine.forget_weights()  # packed ones become parameters again, and are not held twice
