@@ -13,6 +13,9 @@ TEST = [
     "ruff>=0.9",
 ]
 TEST += ["selenium>=4.51"]
+# What `transformers serve` imports.
+SERVE = ["fastapi>=0.115", "openai>=1.98", "pydantic>=2", "uvicorn>=0.30"]
+TEST += SERVE
 
 setup(
     name="fastllama",
@@ -48,5 +51,6 @@ setup(
         "plot": ["matplotlib>=3.8"],
         "compare": ["scipy>=1.13"],
         "peft": ["peft>=0.17"],
+        "serve": SERVE,
     },
 )

@@ -52,6 +52,8 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
     `generate(sampling=Sampling(...))` it draws by llama.cpp's options, in transformers' order or in llama.cpp's.
     """
 
+    default_fast: FastConfig | None = None  # what `register` was told
+
     def __init__(self, config):
         super().__init__(config)
         self._engine = Engine()
@@ -69,6 +71,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         """
         if fast is not None and not isinstance(fast, FastConfig):
             raise ValueError(f"fast={fast!r} is not allowed; allowed: None or a FastConfig")
+        fast = cls.default_fast if fast is None else fast
         weights = None if fast is None else fast.weights
         with known_to_transformers(weights):
             result = super().from_pretrained(*args, **quantised_by(weights, kwargs))
@@ -172,6 +175,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
             _asked.reset(asked)
         if self._path is None:
             self._say_parent("this decoding mode is not sped up")
+        logger.info("generated: %s", self._path)
         return result
 
     @_on_ordinary_tensors

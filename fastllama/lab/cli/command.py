@@ -1,4 +1,4 @@
-"""fastllama COMMAND: the command line of the package. `generate` is the command that there is."""
+"""fastllama COMMAND: the command line of the package, `generate` and `serve`."""
 
 import io
 import os
@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 
 _USAGE = """usage: fastllama generate [options]
+       fastllama serve [--fast NAME=VALUE,...] [MODEL] [options of transformers serve]
 
-Text in, text out: fastllama generate -p "def main():" -n 64. `fastllama generate --help` lists the options;
+Text in, text out: fastllama generate -p "def main():" -n 64. `fastllama generate --help` lists the options.
+OpenAI's API on http://localhost:8000/v1: fastllama serve; `fastllama serve --help` lists what it takes.
 `python -m fastllama.lab --help` the laboratory's commands, and run_llama.py measures.
 """
 
@@ -56,9 +58,13 @@ def _run(argv: list[str]) -> int:
     if argv and argv[0] in ("-h", "--help"):
         print(_USAGE, end="")
         return 0
+    if argv and argv[0] == "serve":
+        from fastllama.lab.cli import serve
+
+        return serve.run(argv[1:])
     if not argv or argv[0] != "generate":
         what = f"there is no command {argv[0]!r}" if argv else "no command was given"
-        raise ValueError(f"{what}: fastllama generate is the one (fastllama generate --help lists its options)")
+        raise ValueError(f"{what}: there are fastllama generate and fastllama serve (--help lists their options)")
     return _generate(argv[1:])
 
 
