@@ -1,8 +1,9 @@
 """fastllama serve: transformers' own server, with our class behind it."""
 
 import logging
+from contextlib import contextmanager
 
-from fastllama import FastConfig, register
+from fastllama import FastConfig, register, unregister
 from fastllama.lab.points.option import OPTIONS
 
 _ABOUT = """fastllama serve [--fast NAME=VALUE,...] is `transformers serve` with fastllama's class in place of
@@ -12,7 +13,7 @@ compile=native or cache_k=q8_0,cache_v=q8_0, to the models that it loads. Which 
 
 
 def run(argv: list[str]) -> int:
-    """Serves until it is interrupted. Raises `ValueError` for a switch that is not allowed or a missing package."""
+    """Serves until it is interrupted. Raises `ValueError` for an option that is not allowed or a missing package."""
     words, rest = _split(argv)
     fast = config(words)
     _require_server()
@@ -21,11 +22,42 @@ def run(argv: list[str]) -> int:
     if "--help" in rest or "-h" in rest:
         print(_ABOUT)
         rest = ["--help"]
-    else:
-        register(fast)
-        _log_paths()
-    app(["serve", *rest], prog_name="fastllama")
-    return 0
+    try:
+        with _ours(fast):
+            code = app(["serve", *rest], prog_name="fastllama", standalone_mode=False)
+    except Exception as fault:
+        if _was_interrupted(fault):
+            raise KeyboardInterrupt from None
+        # Which package the parser's errors come from depends on its version.
+        if any(kind.__name__ == "ClickException" for kind in type(fault).__mro__):
+            raise ValueError(str(fault)) from fault
+        raise
+    return code if isinstance(code, int) else 0
+
+
+@contextmanager
+def _ours(fast: FastConfig | None):
+    """Within it, transformers builds our class, and standard error says which path each answer took."""
+    logger, handler = logging.getLogger("fastllama"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("fastllama: %(message)s"))
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    register(fast)
+    try:
+        yield
+    finally:
+        unregister()
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+
+
+def _was_interrupted(fault: BaseException | None) -> bool:
+    while fault is not None and not isinstance(fault, KeyboardInterrupt):
+        fault = fault.__cause__ or fault.__context__
+    return fault is not None
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -66,12 +98,3 @@ def _require_server() -> None:
     missing = [name for name in wanted if not getattr(import_utils, f"is_{name}_available")()]
     if missing:
         raise ValueError(f"serve needs {', '.join(missing)}: pip install {' '.join(missing)}, or fastllama[serve]")
-
-
-def _log_paths() -> None:
-    """Says on standard error which path each answer took."""
-    logger, handler = logging.getLogger("fastllama"), logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("fastllama: %(message)s"))
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
