@@ -61,10 +61,11 @@ def export(
     cache_shape (JSON), num_layers, dtype, device, vocab_size, bucket and prefill_chunk, as text.
 
     `config`, or `switches`, which are fields of `FastConfig`: `fuse` holds; `bucket` and `prefill_chunk` are how
-    `load_step` calls it; products are torch's. The model is left as it was. Raises `ValueError`, before any work, for a
-    value that is not allowed, for what cannot be exported (the native step, packed products, caches of fewer bits or on
-    another device, contexts that move, rope types with frequencies of the text's length, adapters that are not merged)
-    and without a compiler; `MemoryError` for a cache that does not fit.
+    `load_step` calls it; products are torch's, whatever `compile` says. The model is left as it was, and
+    `path` appears when it is whole. Raises `ValueError` for a value that is not allowed, for what cannot be exported
+    (the native step, packed products, caches of fewer bits or on another device, contexts that move, rope types whose
+    frequencies follow the text's length, adapters that are not merged), before anything is compiled, and without a C++
+    compiler; `MemoryError` for a cache that does not fit.
     """
     if not isinstance(model, LlamaForCausalLM):
         kind = f"{type(model).__name__} of {type(model).__module__.split('.')[0]}"
@@ -110,6 +111,7 @@ def _require_exportable(model: LlamaForCausalLM, config: FastConfig, shape: Cach
         "cache_k": (not shape.is_plain and config.cache_k, "the file's cache has the model's own dtype"),
         "cache_v": (not shape.is_plain and config.cache_v, "the file's cache has the model's own dtype"),
         "cache_device": (shape.device != model.device, "the file's cache lies beside the weights"),
+        "keep": (config.keep != 0, "nothing is dropped from the file's cache"),
         "context_shift": (config.context_shift, "the file's cache is its caller's, and stays where it is"),
         "grp_attn_n": (config.grp_attn_n > 1, "the file's cache is its caller's, and stays where it is"),
     }

@@ -142,6 +142,7 @@ REFUSED = {
     "packed": ({"products": "packed"}, "products='packed' cannot be exported"),
     "small keys": ({"cache_k": "int8"}, "cache_k='int8' cannot be exported"),
     "small values": ({"cache_v": "f16"}, "cache_v='f16' cannot be exported"),
+    "keep": ({"keep": 4}, "keep=4 cannot be exported"),
     "shift": ({"context_shift": True}, "context_shift=True cannot be exported"),
     "extend": ({"grp_attn_n": 2}, "grp_attn_n=2 cannot be exported"),
     "weights": ({"weights": "int8"}, "weights='int8' cannot be honoured: the model holds its weights as floats"),

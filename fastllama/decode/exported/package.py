@@ -1,6 +1,6 @@
 """Package: a step traced, compiled ahead of time and written as one file.
 
-Legend: B batch, Q query tokens, S cache positions read.
+Legend: B batch, Q query tokens.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ from torch import nn
 
 from fastllama.cache.budget import CacheShape
 from fastllama.decode.binding import chooser
+from fastllama.decode.chunks import automatic_chunk
 from fastllama.decode.exported.program import StepProgram
 from fastllama.model.config import FastConfig
 from fastllama.model.released import Packing
@@ -58,6 +59,7 @@ def trace(module: StepProgram, shape: CacheShape) -> torch.export.ExportedProgra
 
 def metadata(shape: CacheShape, config: FastConfig, vocabulary: int) -> dict[str, str]:
     """What a caller must know to make the inputs, as the package carries it: every value is text."""
+    device = shape.device.type
     return {
         "fastllama_step": FORMAT,
         "batch_size": str(shape.batch_size),
@@ -65,10 +67,10 @@ def metadata(shape: CacheShape, config: FastConfig, vocabulary: int) -> dict[str
         "cache_shape": json.dumps([shape.batch_size, shape.num_kv_heads, shape.reserved_length, shape.head_dim]),
         "num_layers": str(shape.num_layers),
         "dtype": str(shape.dtype).removeprefix("torch."),
-        "device": shape.device.type,
+        "device": device,
         "vocab_size": str(vocabulary),
         "bucket": str(config.bucket),
-        "prefill_chunk": str(config.prefill_chunk or shape.cache_length),
+        "prefill_chunk": str(config.prefill_chunk or automatic_chunk(shape.batch_size, shape.cache_length, device)),
     }
 
 
