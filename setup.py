@@ -13,7 +13,9 @@ TEST = [
     "scipy>=1.13",
     "ruff>=0.9",
 ]
-TEST += ["selenium>=4.51", "mypy>=2"]
+# What `transformers serve` imports.
+SERVE = ["fastapi>=0.115", "openai>=1.98", "pydantic>=2", "uvicorn>=0.30"]
+TEST += ["selenium>=4.51", "mypy>=2", *SERVE]
 
 HERE = Path(__file__).parent
 # Read and not imported: torch need not be there yet.
@@ -55,5 +57,6 @@ setup(
         "plot": ["matplotlib>=3.8"],
         "compare": ["scipy>=1.13"],
         "peft": ["peft>=0.17"],
+        "serve": SERVE,
     },
 )

@@ -75,6 +75,8 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
     `generate(sampling=Sampling(...))` it draws by llama.cpp's options, in transformers' order or in llama.cpp's.
     """
 
+    default_fast: FastConfig | None = None  # what `register` was told
+
     def __init__(self, config: LlamaConfig):
         super().__init__(config)
         self._engine = Engine()
@@ -92,6 +94,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         """
         if fast is not None and not isinstance(fast, FastConfig):
             raise ValueError(f"fast={fast!r} is not allowed; allowed: None or a FastConfig")
+        fast = cls.default_fast if fast is None else fast
         weights = None if fast is None else fast.weights
         kwargs = asked_plainly(kwargs, weights)
         with known_to_transformers(weights):
@@ -225,6 +228,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
             _say_call(*before)  # where an interruption kept the first from it
         if self._path is _UNFINISHED:
             self._say_parent("this decoding mode is not sped up")
+        logger.info("generated: %s", self._path)
         return result
 
     @_on_ordinary_tensors

@@ -6,6 +6,7 @@ from types import ModuleType
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fastllama.llama import LlamaForCausalLM
+from fastllama.model.config import FastConfig
 
 _NAME = "LlamaForCausalLM"
 # Packages whose attribute was set, with what stood there before (nothing where transformers had not looked it up yet).
@@ -23,9 +24,16 @@ def _packages() -> list[ModuleType]:
     return [module for module in modules if vars(module).get("__name__") == "transformers"]
 
 
-def register() -> None:
-    """Auto classes, `pipeline`, `transformers serve` and lm-eval build `fastllama.LlamaForCausalLM` from now on."""
+def register(fast: FastConfig | None = None) -> None:
+    """Auto classes, `pipeline`, `transformers serve`, PEFT and lm-eval build `fastllama.LlamaForCausalLM` from now on.
+
+    `fast` is how each model that is loaded from now on generates, as `from_pretrained(fast=...)` would say it. Raises
+    `ValueError` for what is no FastConfig.
+    """
+    if fast is not None and not isinstance(fast, FastConfig):
+        raise ValueError(f"fast={fast!r} is not allowed; allowed: None or a FastConfig")
     unregister()
+    LlamaForCausalLM.default_fast = fast
     _registered()[LlamaConfig] = LlamaForCausalLM
     # `transformers serve` looks the architecture's name up on the package.
     for package in _packages():
@@ -34,7 +42,8 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Undoes `register`."""
+    """Undoes `register`; models that were built stay what they are."""
+    LlamaForCausalLM.default_fast = None
     _registered().pop(LlamaConfig, None)
     while _replaced:
         package, before = _replaced.pop()

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fastllama"
 # The last hands over to the command line, in lab/cli.
-FLOORS = ["kernels", "cache", "model", "decode", "llama", "registration", "demo", "lab", "__main__"]
+FLOORS = ["kernels", "cache", "model", "decode", "llama", "exporting", "registration", "demo", "lab", "__main__"]
 _CLOCKS = ("kernels/tune.py", "demo/train.py", "demo/refine.py", "decode/assisted/clock.py")
 FILES = sorted(PACKAGE.rglob("*.py"))
 

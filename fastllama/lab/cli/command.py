@@ -1,4 +1,4 @@
-"""fastllama COMMAND: the command line of the package."""
+"""fastllama COMMAND: the command line of the package, `generate`, `measure` and `serve`."""
 
 import io
 import os
@@ -12,9 +12,11 @@ from fastllama import __version__
 
 _USAGE = """usage: fastllama generate [options]
        fastllama measure [options]
+       fastllama serve [--fast NAME=VALUE,...] [MODEL] [options of transformers serve]
        fastllama --version
 
-Text in, text out: fastllama generate -p "def main():" -n 64. `fastllama generate --help` lists the options;
+Text in, text out: fastllama generate -p "def main():" -n 64. `fastllama generate --help` lists the options.
+OpenAI's API on http://localhost:8000/v1: fastllama serve; `fastllama serve --help` lists what it takes.
 `fastllama measure` is run_llama.py, wherever the package is installed; `python -m fastllama.lab --help` lists the
 laboratory's commands.
 """
@@ -69,9 +71,13 @@ def _run(argv: list[str]) -> int:
 
         sys.argv[0] = "fastllama measure"  # what its help calls it
         return run_llama.main(argv[1:])
+    if argv and argv[0] == "serve":
+        from fastllama.lab.cli import serve
+
+        return serve.run(argv[1:])
     if not argv or argv[0] != "generate":
         what = f"there is no command {argv[0]!r}" if argv else "no command was given"
-        raise ValueError(f"{what}: there are generate and measure (fastllama generate --help lists its options)")
+        raise ValueError(f"{what}: there are generate, measure and serve (fastllama generate --help lists its options)")
     return _generate(argv[1:])
 
 
