@@ -348,9 +348,9 @@ def _run_here(options: argparse.Namespace, here) -> int:
 
     steps = 3 * len(points) if options.memory_only else sum(measure.steps(point) for point in points)
     with progress(steps) as begin:
-        how = {"resume": bool(options.sweep), "retry_failed": options.retry_failed}
-        how["only_memory"] = options.memory_only
-        entries = sweep.run(plan, file=file, begin=begin, show=show, say=_say, **how)
+        again = {"resume": bool(options.sweep), "retry_failed": options.retry_failed}
+        again["only_memory"] = options.memory_only
+        entries = sweep.run(plan, file=file, begin=begin, show=show, say=_say, **again)
     if len(points) > 1:
         console.print(sweep_table.summary(plan, entries))
     if options.format is not None:

@@ -85,11 +85,15 @@ def export(
             "the model was not trained for positions beyond it"
         )
     require(bytes_for(model, shape), shape.device, f"tracing with a cache of {batch_size} x {cache_length} positions")
-    with torch.inference_mode(False), torch.no_grad(), model._engine.lock:
+
+    def write() -> None:
         model._engine.forget_weights()  # packed ones become parameters again, and are not held twice
         module = package.program(model, shape, replace(config, products="stock"))
         traced = package.trace(module, shape)
         package.write(traced, path, package.metadata(shape, config, model.config.vocab_size))
+
+    with torch.inference_mode(False), torch.no_grad():
+        model._alone("export", write)
     return path
 
 

@@ -5,6 +5,9 @@ and its attention then fails. Here its rule for k_proj and v_proj is another: th
 heads, copies), so that loading and saving stay transformers' own.
 """
 
+from collections.abc import Callable
+from typing import cast
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -63,7 +66,7 @@ def share_heads(model: nn.Module, size: int) -> None:
     if kv_heads >= size:
         return
     style = f"{SHARED_HEADS}_{kv_heads}"
-    ALL_PARALLEL_STYLES.register(style, SharedHeads(kv_heads))
+    ALL_PARALLEL_STYLES.register(style, cast(Callable, SharedHeads(kv_heads)))  # transformers says too little of it
     names = [f"model.layers.*.self_attn.{side}_proj" for side in "kv"]
     model.tp_plan = {**model.tp_plan, **dict.fromkeys(names, style)}
 

@@ -6,14 +6,13 @@ arXiv 1909.08053). The parts are the local tensors of transformers' own DTensors
 Legend: B batch, Q query tokens, E hidden size, V vocabulary.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-
-from fastllama.kernels.linear import Native, Stock
 
 if dist.is_available():
     from torch.distributed.tensor import DTensor
@@ -43,7 +42,7 @@ def is_distributed(tensor: torch.Tensor) -> bool:
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """The part of a tensor that lies here: itself, where it is not distributed. Rebinding its `data` is seen."""
-    return tensor._local_tensor if is_distributed(tensor) else tensor
+    return cast("DTensor", tensor)._local_tensor if is_distributed(tensor) else tensor
 
 
 def processes(model: nn.Module) -> int:
@@ -132,7 +131,7 @@ def part(module: nn.Linear) -> Part:
 class Total(NamedTuple):
     """A product of which each process has some columns: the results are added up, and the bias once."""
 
-    product: Stock | Native
+    product: Callable[[torch.Tensor], torch.Tensor]
     bias: torch.Tensor | None
     group: Group
 
@@ -144,7 +143,7 @@ class Total(NamedTuple):
 class Joined(NamedTuple):
     """A product of which each process has some rows (the last may have fewer), whole in every process."""
 
-    product: Stock | Native
+    product: Callable[[torch.Tensor], torch.Tensor]
     out_features: int
     group: Group
 

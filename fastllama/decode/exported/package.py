@@ -8,6 +8,7 @@ import json
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,7 +45,7 @@ def program(model: nn.Module, shape: CacheShape, config: FastConfig) -> StepProg
 def trace(module: StepProgram, shape: CacheShape) -> torch.export.ExportedProgram:
     """One graph for 1 to cache_length tokens and as many positions."""
     size = (shape.batch_size, shape.num_kv_heads, shape.reserved_length, shape.head_dim)
-    place = {"dtype": torch.int64, "device": shape.device}
+    place: dict[str, Any] = {"dtype": torch.int64, "device": shape.device}
     row = torch.ones(shape.batch_size, **place)
     keys, values = (
         [torch.zeros(size, dtype=shape.dtype, device=shape.device) for _ in range(shape.num_layers)] for _ in range(2)

@@ -3,7 +3,7 @@
 Legend: B batch, Q query tokens, S cache positions read, E hidden size, K kv heads, D head dim, V vocabulary.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastllama.kernels.linear import Stock
 from fastllama.model.forward import step
+from fastllama.model.tree import Branching
 from fastllama.model.weights import Weights
 
 
@@ -62,7 +63,8 @@ class StepProgram(nn.Module):
     def __init__(self, weights: Weights, cos_SD: torch.Tensor, sin_SD: torch.Tensor):
         super().__init__()
         leaves, self._spec = tree_flatten((_for_any_rows(weights), cos_SD, sin_SD))
-        self._leaves, names = [], {}
+        self._leaves: list[tuple[bool, object]] = []
+        names: dict[tuple, str] = {}
         for leaf in leaves:
             if not isinstance(leaf, torch.Tensor):
                 self._leaves.append((False, leaf))
@@ -96,6 +98,7 @@ class StepProgram(nn.Module):
         last_B = (lengths - 1).clamp(min=0)
         weights = weights._replace(lm_head=_LastOnly(weights.lm_head, rows_B, last_B))
         how = (None, valid_past_index, rows_B[:, None], positions, input_ids, index_BQ)
-        logits_BV = step(weights, keys, values, *how, cos_SD[index_BQ], sin_SD[index_BQ], _Causal())
+        seen = cast(Branching, _Causal())  # which has the one method of it that a step calls
+        logits_BV = step(weights, keys, values, *how, cos_SD[index_BQ], sin_SD[index_BQ], seen)
         valid_past_index.add_(lengths - tokens)  # the step counted the padding too
         return logits_BV

@@ -2,6 +2,7 @@
 
 import logging
 from contextlib import contextmanager
+from typing import Any
 
 from fastllama import FastConfig, register, unregister
 from fastllama.lab.points.option import OPTIONS
@@ -77,7 +78,7 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
 
 def config(words: list[str]) -> FastConfig | None:
     """The switches that `words`, each name=value, give; None without one. Raises `ValueError`."""
-    switches = {}
+    switches: dict[str, Any] = {}
     for word in words:
         name, equals, value = (part.strip() for part in word.partition("="))
         name = name.replace("-", "_")

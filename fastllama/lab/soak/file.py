@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from fastllama.lab.points.fields import (
+    Kind,
     check,
     name,
     number,
@@ -21,19 +22,9 @@ from fastllama.lab.records.schema2 import check_environment
 SCHEMA = 1
 
 
-def _figure(value) -> bool:
-    return isinstance(value, float) and abs(value) < 1e15
-
-
-def _flag(value) -> bool:
-    return isinstance(value, bool)
-
-
-def _list(value) -> bool:
-    return isinstance(value, list)
-
-
-_figure.wanted, _flag.wanted, _list.wanted = "a number", "true or false", "a list"
+_figure = Kind(lambda value: isinstance(value, float) and abs(value) < 1e15, "a number")
+_flag = Kind(lambda value: isinstance(value, bool), "true or false")
+_list = Kind(lambda value: isinstance(value, list), "a list")
 _RESULT = {
     "soak_schema": small_size,
     "model": name,

@@ -148,7 +148,7 @@ WORKS = (
     _work("greedy, a longer prompt", (7,), 5),
     _work("greedy, padded rows", (2, 6, 5), 4),
     _work("drawn", (3, 1), 6, seed=7, top_k=40, temperature=0.8),
-    _work("drawn by row", (3, 1), 5, plain=False, sampling=Sampling(temperature=0.8, top_p=0.9, seed=[3, 4])),
+    _work("drawn by row", (3, 1), 5, plain=False, sampling=Sampling(temperature=0.8, top_p=0.9, seed=(3, 4))),
     _work("mirostat", (4,), 5, plain=False, sampling=Sampling.llama_cpp(mirostat=2, seed=9)),
     _work("penalised", (6,), 6, repetition_penalty=1.2),
     _work("beams", (5,), 3, num_beams=2),
