@@ -6,13 +6,14 @@ arXiv 1909.08053). The parts are the local tensors of transformers' own DTensors
 Legend: B batch, Q query tokens, E hidden size, V vocabulary.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+
+from fastllama.kernels.linear import Native, Stock
 
 if dist.is_available():
     from torch.distributed.tensor import DTensor
@@ -131,7 +132,7 @@ def part(module: nn.Linear) -> Part:
 class Total(NamedTuple):
     """A product of which each process has some columns: the results are added up, and the bias once."""
 
-    product: Callable[[torch.Tensor], torch.Tensor]
+    product: Stock | Native
     bias: torch.Tensor | None
     group: Group
 
@@ -143,7 +144,7 @@ class Total(NamedTuple):
 class Joined(NamedTuple):
     """A product of which each process has some rows (the last may have fewer), whole in every process."""
 
-    product: Callable[[torch.Tensor], torch.Tensor]
+    product: Stock | Native
     out_features: int
     group: Group
 

@@ -6,7 +6,7 @@ the checkpoint names stay the parent's, so saving, training and adapters see not
 
 from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import nn
@@ -169,8 +169,9 @@ class _Gatherer:
         """The product of a module of which each process holds columns, or rows."""
         mine = part(module)
         if mine.weight.shape[1] != module.in_features:
-            return Total(self.product((mine._replace(bias=None),), tied=True), mine.bias, self.group)
-        return Joined(self.product((mine,), tied=True), module.out_features, self.group)
+            columns = cast(Stock | Native, self.product((mine._replace(bias=None),), tied=True))  # tied: never packed
+            return Total(columns, mine.bias, self.group)
+        return Joined(cast(Stock | Native, self.product((mine,), tied=True)), module.out_features, self.group)
 
     def several(self, modules: tuple[nn.Module, ...], fuse: bool) -> Fused | Parallel:
         if self.group is not None and all(is_spread(module) for module in modules):
