@@ -5,6 +5,7 @@ matplotlib is an extra and is imported where it is needed.
 
 import os
 from pathlib import Path
+from typing import Any
 
 INK, GRAY, SHADE, GRID = "#1f3a5f", "#6b7280", "#c9ced6", "#e5e7eb"
 VANILLA = "hollow: vanilla transformers, same run"
@@ -26,7 +27,7 @@ def pyplot():
 
     # A user's own matplotlibrc must not change a picture.
     matplotlib.rcdefaults()
-    style = {
+    style: dict[Any, Any] = {
         "font.size": 9,
         "axes.spines.top": False,
         "axes.spines.right": False,
