@@ -17,6 +17,7 @@ from fastllama.decode.assisted.companions import Companions
 from fastllama.decode.assisted.report import Assisted
 from fastllama.decode.assisted.support import ASKED, own_arguments
 from fastllama.decode.context.choose import positions_used, require_unmoved
+from fastllama.decode.ending import well_ended
 from fastllama.decode.engine import Engine
 from fastllama.decode.loop import sample_loop
 from fastllama.decode.many.call import SHARED, run_many
@@ -73,6 +74,9 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
     Everything else is the parent's: `forward`, loading, saving, training, adapters, beam search. `generate` takes the
     parent's arguments and gives the parent's results; `path` says which way the last call went. With
     `generate(sampling=Sampling(...))` it draws by llama.cpp's options, in transformers' order or in llama.cpp's.
+
+    Calls of several threads take turns. Within a call (in a streamer, a processor) `generate` runs the parent's code,
+    and what else needs the cache raises `ValueError`. An interrupted call leaves a model that the next one can use.
     """
 
     default_fast: FastConfig | None = None  # what `register` was told
@@ -289,7 +293,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
 
         if obstacle is None:
             # One cache serves one call at a time: one from within a processor, say, is the parent's.
-            ran, result = if_free([self._engine.fast], lambda: self._engine.run(fast))
+            ran, result = if_free([self._engine.fast], lambda: well_ended(self._engine, fast))
             if ran:
                 return result
             obstacle = "another call is using the cache"

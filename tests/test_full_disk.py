@@ -53,7 +53,7 @@ def _picture(path: Path, version: int) -> None:
 
 
 def _database(path: Path, version: int) -> None:
-    column = formats.Column("n", next(iter(formats._SQL)))
+    column = formats.Column("n", str, "all", str)
     formats.write_sqlite({"t": SimpleNamespace(columns=(column,), rows=[(f"{version} {'x' * 2000}",)])}, path)
 
 

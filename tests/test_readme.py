@@ -38,6 +38,7 @@ RUN = {
 ELSEWHERE = {
     'python -c "import fastllama; fastllama.register(); from lm_eval': "tests/test_lm_eval.py",
     'pip install -e ".[test]" && pytest -n auto': ".ci/run",
+    "pip install build && python -m build": "tests/test_wheel.py",
 }
 # Programs that start ours, with their options that take a value.
 LAUNCHERS = {"torchrun": ("--nproc-per-node",), "accelerate": ("--num_processes", "--config_file")}

@@ -18,27 +18,29 @@ def soak(tiny, path, *more) -> int:
     return __main__.main([str(word) for word in asked])
 
 
-def shorter(monkeypatch) -> int:
-    """Fewer reservations; the fewest generations that a soak takes then."""
-    monkeypatch.setattr(soaking, "RESERVATIONS", FEW)
-    return 4 * (len(works.WORKS) + len(works.ASSISTED)) * len(FEW)
+def shorter(monkeypatch, reservations=FEW) -> int:
+    """Fewer reservations and samples; the fewest generations that a soak takes then."""
+    monkeypatch.setattr(soaking, "RESERVATIONS", reservations)
+    monkeypatch.setattr(soaking, "SAMPLES", 8)
+    return 4 * (len(works.WORKS) + len(works.ASSISTED)) * len(reservations)
 
 
-def test_memory_is_flat_and_texts_are_vanillas(tiny, tmp_path, capsys):
+def test_memory_is_flat_and_texts_are_vanillas(tiny, tmp_path, monkeypatch, capsys):
     every = len(works.WORKS) + len(works.ASSISTED)
-    path, least = tmp_path / "soak.json", 4 * every * len(works.RESERVATIONS)
+    some = {name: works.RESERVATIONS[name] for name in ("native", "packed", "small caches")}
+    path, least = tmp_path / "soak.json", shorter(monkeypatch, some)
     # Nothing is said about a megabyte or two: allocators settle within hundreds of generations, not within thousands.
     assert soak(tiny, path, "--generations", least, "--bound-mb", 20) == 0, capsys.readouterr().err
     result = file.read(path)
     assert result["generations"] >= least and result["flat"] and result["changed"] is None
-    reservations = len(works.RESERVATIONS) - len(result["left_out"])
+    reservations = len(some) - len(result["left_out"])
     assert len(result["works"]) == every * reservations
     assert all(work["runs"] >= 4 for work in result["works"].values())
     lossy = sum(name.endswith(works.LOSSY) for name in result["works"])
     checked = sum("vanilla" in work for work in result["works"].values())
     plain = sum(work.reference is not None for work in (*works.WORKS, *works.ASSISTED))
-    assert checked == plain * (reservations - bool(lossy))
-    assert len(result["samples"]) >= 8 and result["object_growth"] <= result["bound_objects"]
+    assert checked == plain * (reservations - bool(lossy)) > 0
+    assert len(result["samples"]) >= 6 and result["object_growth"] <= result["bound_objects"]
     assert "none changed" in capsys.readouterr().out
 
 

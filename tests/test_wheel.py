@@ -75,6 +75,8 @@ def test_the_version_is_said_once(built):
     assert re.fullmatch(r"\d+\.\d+\.\d+", fastllama.__version__)
     assert built[0].name.startswith(f"fastllama-{fastllama.__version__}-")
     assert fastllama.__version__ not in (ROOT / "setup.py").read_text(encoding="utf-8")
+    told = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Changes for users\n")[1]
+    assert told.lstrip().startswith(f"**{fastllama.__version__}**"), "the README does not say what this version changed"
     assert not re.search(r"^version", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
 
 

@@ -4,8 +4,6 @@ Legend: B batch, Q query tokens, P prompt tokens, E hidden size, V vocabulary.
 """
 
 import itertools
-from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 from torch import nn
@@ -25,8 +23,6 @@ from fastllama.model.config import FastConfig
 from fastllama.model.forward import prefill_chunk, step
 from fastllama.model.native_step import obstacle
 from fastllama.model.tree import Branching
-
-Result = TypeVar("Result")
 
 
 class Engine(Reserved):
@@ -200,21 +196,6 @@ class Engine(Reserved):
     def forget_text(self) -> None:
         """After a call that was cut short: there is nothing that a step could continue."""
         self._used = 0
-
-    def run(self, work: Callable[[], Result]) -> Result:
-        """What `work()`, a call on this engine, returns; however it ends, the next one finds it in order.
-
-        A text goes on after what was refused; where one was begun, or an interruption may have cut it, none does.
-        """
-        text = self.texts.current
-        try:
-            return work()
-        except BaseException as fault:
-            if self.texts.current is not text or not isinstance(fault, Exception):
-                self.forget_text()
-            raise
-        finally:
-            self.binding.forget_restored()
 
     def require_rows(self, rows: int) -> None:
         """Raises `ValueError` unless a prefill with this many rows came before."""

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from fastllama.decode.ending import well_ended
 from fastllama.decode.engine import Engine
 from fastllama.decode.prompt import unpad
 from fastllama.decode.support import model_obstacle
@@ -49,4 +50,6 @@ def step(model: nn.Module, engine: Engine, ids_BQ: torch.Tensor) -> torch.Tensor
 def _alone(engine: Engine, name: str, run: Callable[[], torch.Tensor]) -> torch.Tensor:
     """What `run()` returns, when no other call is using the cache."""
     refused = f"{name} cannot run"
-    return in_turn([engine.turn], lambda: require_free([engine.fast], lambda: engine.run(run), refused), refused)
+    return in_turn(
+        [engine.turn], lambda: require_free([engine.fast], lambda: well_ended(engine, run), refused), refused
+    )

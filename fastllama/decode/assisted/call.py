@@ -9,6 +9,7 @@ from fastllama.decode.assisted.companions import Companions
 from fastllama.decode.assisted.loop import assisted_loop
 from fastllama.decode.assisted.report import Assisted
 from fastllama.decode.assisted.support import asked, obstacle
+from fastllama.decode.ending import well_ended
 from fastllama.decode.engine import Engine
 from fastllama.decode.turn import if_free
 
@@ -48,6 +49,6 @@ def assisted_call(
         return output, report, f"{engine.words()}, {wanted.words(draft)}"
 
     # Each engine is left as its own calls leave it.
-    work = generate if draft is None else lambda: engines[1].run(generate)
-    ran, found = if_free([each.fast for each in engines], lambda: engine.run(work))
+    work = generate if draft is None else lambda: well_ended(engines[1], generate)
+    ran, found = if_free([each.fast for each in engines], lambda: well_ended(engine, work))
     return ("another call is using the cache", None, None, "") if not ran else (None, *found)

@@ -17,7 +17,8 @@ class Tree:
     """
 
     def __init__(self):
-        self.tokens, self.parents, self.depths, self.places = [0], [-1], [0], [None]
+        self.tokens, self.parents, self.depths = [0], [-1], [0]
+        self.places: list[int | None] = [None]
         self.branches = 1
 
     def __len__(self) -> int:

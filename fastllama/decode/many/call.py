@@ -7,6 +7,7 @@ from torch import nn
 
 from fastllama.decode import together
 from fastllama.decode.context.choose import require_unmoved
+from fastllama.decode.ending import well_ended
 from fastllama.decode.engine import Engine
 from fastllama.decode.many import prompts as reading
 from fastllama.decode.many.chooser import Chooser
@@ -89,7 +90,7 @@ def run_many(
             words = f"{engine.words()}, {count} slots"
         return results, words
 
-    return require_free([engine.fast], lambda: engine.run(generate), "generate_many cannot run")
+    return require_free([engine.fast], lambda: well_ended(engine, generate), "generate_many cannot run")
 
 
 def _slots(engine: Engine, asked: int | None) -> int:

@@ -35,7 +35,7 @@ class Rules(NamedTuple):
     processor looks at more than the scores, or is this row's alone.
     """
 
-    processors: Any  # a LogitsProcessorList, which says that it takes classes of torch's that nothing is
+    processors: Any  # a LogitsProcessorList, whose annotations ask for a class of tensors that none is of
     by_row: bool
     do_sample: bool
     eos: frozenset[int]

@@ -97,7 +97,10 @@ class Sampling:
         return lengths[0] if lengths else None
 
     def of_row(self, row: int) -> "Sampling":
-        """What it says of one row, for a text alone: row 3's draws from seed 7 are those of seed 10."""
+        """What it says of one row, for a text alone: row 3's draws from seed 7 are those of seed 10.
+
+        Raises `IndexError` where options by row are for fewer rows.
+        """
         values = {option.name: getattr(self, option.name)[row] for option in fields(self) if self._is_by_row(option)}
         if isinstance(self.seed, int):
             values["seed"] = self.seed + row

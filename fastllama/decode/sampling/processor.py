@@ -98,11 +98,11 @@ class SamplingProcessor(StatelessSamplingProcessor):
         return None if self._state is None else self._state.mu_B
 
     def keep(self, steps: int) -> None:
-        """From now on so many steps can be taken back."""
+        """From now on so many steps (0: none) can be taken back."""
         self._earlier: deque[State] = deque(maxlen=steps)
 
     def undo(self, steps: int) -> None:
-        """Takes the last steps back."""
+        """Takes the last steps back. Raises `IndexError` for more than `keep` said, or than there were."""
         for _ in range(steps):
             self._state = self._earlier.pop()
 

@@ -43,7 +43,7 @@ class _Store(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         option = self.option
         if option.kind is None:
-            value = not self.off
+            value: Any = not self.off
         else:
             values = values.removeprefix(_BEFORE)
             try:

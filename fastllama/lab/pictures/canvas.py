@@ -4,6 +4,7 @@ matplotlib is an extra and is imported where it is needed.
 """
 
 from pathlib import Path
+from typing import Any
 
 from fastllama.kernels.whole_file import whole
 
@@ -27,7 +28,7 @@ def pyplot():
 
     # A user's own matplotlibrc must not change a picture.
     matplotlib.rcdefaults()
-    style = {
+    style: dict[Any, Any] = {
         "font.size": 9,
         "axes.spines.top": False,
         "axes.spines.right": False,
