@@ -1,7 +1,6 @@
 """Files of scores: one JSON object a line for each subject of `python -m fastllama.lab eval`, sealed by a digest."""
 
 import json
-import os
 from pathlib import Path
 
 from fastllama.lab.points import fields
@@ -18,7 +17,7 @@ from fastllama.lab.points.fields import (
     word,
 )
 from fastllama.lab.quality import score
-from fastllama.lab.records import digest, schema2
+from fastllama.lab.records import appended, digest, schema2
 from fastllama.lab.records.schema1 import DTYPES
 from fastllama.lab.records.words import LOGS
 
@@ -86,11 +85,7 @@ def check_line(line, where: str) -> dict:
 
 def append(path: Path, line: dict) -> None:
     """Add a line, on disk before this returns. `ValueError` if it could not be read again."""
-    content = json.dumps(check_line(line, f"a score for {path}"), allow_nan=False) + "\n"
-    with open(path, "ab") as file:
-        file.write(content.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    appended.append(path, json.dumps(check_line(line, f"a score for {path}"), allow_nan=False))
 
 
 def read(path: Path) -> list[dict]:

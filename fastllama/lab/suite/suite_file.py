@@ -2,10 +2,10 @@
 
 import json
 import logging
-import os
 import re
 from pathlib import Path
 
+from fastllama.lab.records import appended
 from fastllama.lab.records.sources import ROOT
 from fastllama.lab.records.words import LOGS
 
@@ -70,11 +70,7 @@ def create(device: str, commit: str | None, root: Path = ROOT) -> Path:
 
 def append(path: Path, record: dict) -> None:
     """Add one record as a line, on disk before this returns. ValueError if it does not follow the schema."""
-    line = json.dumps(check(record, f"a line for {path}"), allow_nan=False) + "\n"
-    with open(path, "ab") as file:
-        file.write(line.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    appended.append(path, json.dumps(check(record, f"a line for {path}"), allow_nan=False))
 
 
 def read(path: Path) -> list[dict]:

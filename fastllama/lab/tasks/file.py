@@ -1,7 +1,6 @@
 """Files of tasks: one sealed JSON object a line for each example, of a schema of its own."""
 
 import json
-import os
 from pathlib import Path
 
 from fastllama.lab.measuring import assisted
@@ -23,7 +22,7 @@ from fastllama.lab.points.fields import (
     text,
     word,
 )
-from fastllama.lab.records import digest, schema1
+from fastllama.lab.records import appended, digest, schema1
 from fastllama.lab.records.schema2 import DIVERGENCE, check_environment
 from fastllama.lab.tasks import cost, prompts
 
@@ -109,11 +108,7 @@ def _check_content(line: dict) -> None:
 
 def append(path: Path, line: dict) -> None:
     """Add a line, on disk before this returns. `ValueError` if it does not follow the schema."""
-    words = json.dumps(check_line(line, f"a line for {path}"), allow_nan=False) + "\n"
-    with open(path, "ab") as file:
-        file.write(words.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    appended.append(path, json.dumps(check_line(line, f"a line for {path}"), allow_nan=False))
 
 
 def require(path: Path) -> None:
