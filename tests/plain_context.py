@@ -79,6 +79,26 @@ class PlainRow:
         self.shifts += 1
 
 
+def rows_of(inputs: dict) -> list[list[int]]:
+    """The ids of each row of a prompt, without its padding."""
+    return [ids[mask.bool()].tolist() for ids, mask in zip(*inputs.values(), strict=True)]
+
+
+def assert_row_as_by_hand(
+    found: list[int], ours_NV: torch.Tensor, logits_NV: torch.Tensor, bound: float, exact: bool
+) -> None:
+    """Our logits are the plain row's, which read our ids, so that a tie stays one; and the ids are greedy by them.
+
+    `exact`: nothing was rounded to few bits on the way, where single numbers may be further off than most.
+    """
+    difference = (ours_NV - logits_NV).abs().amax(-1) / logits_NV.abs().amax(-1)
+    assert difference.median() < bound and difference.max() < (bound if exact else 0.05)
+    if exact:
+        margins = logits_NV.topk(2).values
+        sure = margins[:, 0] - margins[:, 1] > 1e-4
+        assert torch.equal(logits_NV.argmax(-1)[sure], torch.tensor(found)[sure])
+
+
 def shifted(model, prompt: list[int], new: int, cache_length: int, keep: int, forced=None, **formats):
     """(greedy ids, logits [new, V], the row): generation that shifts; `forced` ids are read in place of greedy ones."""
     row = PlainRow(model, **formats)

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from tests.plain_context import grouped, shifted
-from tests.test_context_shift import rows_of
+from tests.plain_context import grouped, rows_of, shifted
 from tests.tiny import GREEDY, generate, pair, prompt
 
 pytestmark = [

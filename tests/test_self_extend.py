@@ -14,8 +14,7 @@ from fastllama.decode.loop import sample_loop
 from fastllama.kernels import native
 from fastllama.kernels.blocks import FORMATS
 from fastllama.kernels.stored_attention import native_obstacle
-from tests.plain_context import grouped
-from tests.test_context_shift import rows_of
+from tests.plain_context import assert_row_as_by_hand, grouped, rows_of
 from tests.tiny import GREEDY, VOCAB, generate, pair, prompt
 
 LENGTH = 96
@@ -77,12 +76,7 @@ def assert_as_by_hand(vanilla, ours, inputs: dict, new: int, n: int, w: int, bou
         found = out.sequences[row, width:].tolist()
         _, logits, plain = grouped(vanilla, ids, new, n, w, forced=found, **formats)
         ours_NV = torch.stack([step[row] for step in out.logits])
-        difference = (ours_NV - logits).abs().amax(-1) / logits.abs().amax(-1)
-        assert difference.median() < bound and difference.max() < (bound if not formats else 0.05)
-        if not formats:
-            margins = logits.topk(2).values
-            sure = margins[:, 0] - margins[:, 1] > 1e-4
-            assert torch.equal(logits.argmax(-1)[sure], torch.tensor(found)[sure])
+        assert_row_as_by_hand(found, ours_NV, logits, bound, exact=not formats)
         assert len(plain.kept) == ours.valid_past_index[row]
         whole = (len(plain.kept) - 1) // w
         most = max(most, whole)

@@ -17,10 +17,11 @@ import transformers
 from tqdm import tqdm
 
 import fastllama
+from fastllama.demo import steps
 from fastllama.demo.evaluate import agreement, perplexity
 from fastllama.demo.text import held_out_documents, training_documents
 from fastllama.demo.tokenizer import BOS_ID
-from fastllama.demo.train import CHECKPOINT_EVERY, WEIGHTS, encode, loss_of, optimizers_for, save_state
+from fastllama.demo.train import WEIGHTS, encode
 from fastllama.kernels.whole_file import whole
 
 
@@ -94,39 +95,16 @@ def refine(
 
     `stop_at` ends early with the state on disk, as an interruption would. Raises `ValueError` for another plan's state.
     """
-    draft.train()
-    optimizers = optimizers_for(draft, plan)
-    first, curve, running = 0, [], []
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        if state["plan"] != asdict(plan):
-            raise ValueError(f"{state_file} belongs to another plan; delete it to start again")
-        draft.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        first, curve = state["step"], state["curve"]
-    for step in tqdm(range(first, plan.steps), initial=first, total=plan.steps, desc="draft", unit="step"):
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(plan, step)
-        loss = loss_of(draft, batch_at(texts, tokens, plan, step), target)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(draft.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        running.append(loss.item())
-        done = step + 1
-        if done % 10 == 0:
-            curve.append({"step": done, "loss": round(sum(running) / len(running), 4)})
-            running = []
-        if done % CHECKPOINT_EVERY == 0 or done in (plan.steps, stop_at):
-            kept = {"plan": asdict(plan), "model": draft.state_dict(), "step": done, "curve": curve}
-            save_state(state_file, kept | {"optimizers": [optimizer.state_dict() for optimizer in optimizers]})
-        if done == stop_at:
-            break
-    draft.eval()
-    return curve
+    return steps.run(
+        draft,
+        plan,
+        lambda step: batch_at(texts, tokens, plan, step),
+        lambda step: learning_rate_at(plan, step),
+        state_file,
+        "draft",
+        target,
+        stop_at,
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,7 +2,7 @@
 
 A target of about 5 M parameters learns the standard library's text; a draft of about 1 M learns from the
 target's distribution, since what a draft is for is to be accepted. Seeded, and resumable: each step's batch
-is a function of (seed, step), and the state is on disk every `CHECKPOINT_EVERY` steps.
+is a function of (seed, step), and the state is on disk every few steps.
 """
 
 import argparse
@@ -11,23 +11,20 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import transformers
-from tqdm import tqdm
 
+from fastllama.demo import steps
 from fastllama.demo.evaluate import agreement, perplexity
 from fastllama.demo.text import held_out_documents, training_documents
 from fastllama.demo.tokenizer import BOS_ID, EOS_ID, PAD_ID, VOCAB_SIZE, train_tokenizer
 from fastllama.kernels.whole_file import whole
 
-CHECKPOINT_EVERY = 50
 WEIGHTS = Path(__file__).parent / "weights"
 
 
@@ -100,38 +97,6 @@ def learning_rate_factor(recipe: Recipe, step: int) -> float:
     return recipe.knee_factor * (recipe.steps - step) / (recipe.steps - recipe.knee_step)
 
 
-def optimizers_for(model: torch.nn.Module, recipe: Any) -> list[torch.optim.Optimizer]:
-    """Muon for the hidden matrices, AdamW for embeddings and norms."""
-    hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed_tokens" in n]
-    return [
-        torch.optim.Muon(
-            hidden, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
-        ),
-        torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-
-
-def loss_of(model, ids: torch.Tensor, teacher=None) -> torch.Tensor:
-    """Mean next-token loss in nats: cross entropy, or with a teacher the cross entropy to its distribution."""
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-    if teacher is None:
-        return F.cross_entropy(logits.float(), ids[:, 1:].flatten())
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        wanted = teacher(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-    return F.cross_entropy(logits.float(), wanted.float().softmax(-1))
-
-
-def save_state(path: Path, state: dict) -> None:
-    with whole(path) as unfinished:
-        torch.save(state, unfinished)
-
-
-def steps_from(first: int, recipe: Recipe, name: str) -> Iterator[int]:
-    yield from tqdm(range(first, recipe.steps), initial=first, total=recipe.steps, desc=name, unit="step")
-
-
 def train_model(
     recipe: Recipe, tokens: np.ndarray, state_file: Path, name: str, teacher=None, stop_at: int | None = None
 ) -> tuple[transformers.LlamaForCausalLM, list[dict]]:
@@ -140,49 +105,18 @@ def train_model(
     `stop_at` ends early with the state on disk, as an interruption would.
     """
     torch.manual_seed(recipe.seed)
-    model = transformers.LlamaForCausalLM(demo_config(recipe)).train()
-    optimizers = optimizers_for(model, recipe)
-    first, curve, seconds = 0, [], 0.0
-    if state_file.exists():
-        state = torch.load(state_file, weights_only=True)
-        if state["recipe"] != asdict(recipe):
-            raise ValueError(f"{state_file} belongs to another recipe; delete it to start again")
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        first, curve, seconds = state["step"], state["curve"], state["seconds"]
-    started = time.monotonic() - seconds
-    running: list[float] = []
-    for step in steps_from(first, recipe, name):
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * learning_rate_factor(recipe, step)
-        loss = loss_of(model, batch_at(tokens, recipe, step), teacher)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        running.append(loss.item())
-        done = step + 1
-        if done % 10 == 0:
-            curve.append({"step": done, "loss": round(sum(running) / len(running), 4)})
-            running = []
-        if done % CHECKPOINT_EVERY == 0 or done == recipe.steps or done == stop_at:
-            save_state(
-                state_file,
-                {
-                    "recipe": asdict(recipe),
-                    "model": model.state_dict(),
-                    "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                    "step": done,
-                    "curve": curve,
-                    "seconds": time.monotonic() - started,
-                },
-            )
-        if done == stop_at:
-            break
-    return model.eval(), curve
+    model = transformers.LlamaForCausalLM(demo_config(recipe))
+    curve = steps.run(
+        model,
+        recipe,
+        lambda step: batch_at(tokens, recipe, step),
+        lambda step: recipe.learning_rate * learning_rate_factor(recipe, step),
+        state_file,
+        name,
+        teacher,
+        stop_at,
+    )
+    return model, curve
 
 
 def encode(tokenizer, documents: list[str]) -> np.ndarray:
