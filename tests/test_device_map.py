@@ -1,4 +1,4 @@
-"""device_map: where all is on one device the fast path runs; where accelerate moves weights, the parent's, and says so."""
+"""device_map: on one device the fast path runs; where accelerate moves weights, the parent's does, and says so."""
 
 import logging
 

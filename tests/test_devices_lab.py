@@ -141,6 +141,7 @@ def test_what_one_process_or_several_cannot_do_is_refused(tiny, monkeypatch, cap
         assert command.run("--model", tiny, "--tensor-parallel", *option) == 2
         assert f"leave out {option[0]}" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     assert command.run("--model", tiny, "--preallocate") == 2
     assert "2 processes were started: give them --prompts and --out to split, or --tensor-parallel" in (
         capsys.readouterr().err

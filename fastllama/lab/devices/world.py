@@ -60,6 +60,13 @@ class World:
 
 
 ALONE = World()
+_words = None  # this process's group for words, once it has joined a run
+
+
+def meet() -> None:
+    """Waits, for hours if it must be, until every process of the run is here; alone, nothing."""
+    if _words is not None:
+        dist.barrier(group=_words)
 
 
 def of_peers(value) -> list:
@@ -67,13 +74,13 @@ def of_peers(value) -> list:
     if not dist.is_available() or not dist.is_initialized():
         return [value]
     held = [None] * dist.get_world_size()
-    dist.all_gather_object(held, value)
+    dist.all_gather_object(held, value, group=_words)
     return held
 
 
 def asked_size() -> int:
     """How many processes the launcher says there are."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 def _launched_alone() -> bool:
@@ -84,20 +91,25 @@ def _launched_alone() -> bool:
 def _join(tensor_parallel: bool) -> World:
     from accelerate import PartialState
 
+    global _words
+
     on_cpu = not torch.accelerator.is_available()
     # Processes that share nothing but a list of prompts need no accelerator to talk.
     state = PartialState(cpu=on_cpu or not tensor_parallel, timeout=_MESSAGE)
     if not on_cpu and not tensor_parallel:
         torch.accelerator.set_device_index(state.local_process_index)
-    words = dist.new_group(backend="gloo", timeout=_WORK)
-    return World(state.num_processes, state.process_index, tensor_parallel, words)
+    _words = dist.new_group(backend="gloo", timeout=_WORK)
+    return World(state.num_processes, state.process_index, tensor_parallel, _words)
 
 
 def _stop(*_):
     raise Lost("the launcher ended it")
 
 
-def _is_lost(fault: BaseException) -> bool:
+def is_lost(fault: BaseException) -> bool:
+    """Whether a failure is that of another process of the run."""
+    if _words is None and not isinstance(fault, Lost):
+        return False
     if isinstance(fault, (Lost, dist.DistError)):
         return True
     return isinstance(fault, RuntimeError) and _LOST.search(str(fault)) is not None
@@ -139,7 +151,7 @@ def joined(tensor_parallel: bool, splits: bool) -> Iterator[World]:
             yield here
         here.of_all(None)  # nobody leaves while another is at work
     except (Exception, KeyboardInterrupt) as fault:
-        if _is_lost(fault):
+        if is_lost(fault):
             _leave(here, splits)
         if not here.first and isinstance(fault, ValueError):  # what was asked is wrong: the first process says so
             os._exit(2)

@@ -12,6 +12,7 @@ from transformers import StaticCache
 from transformers.distributed import DistributedConfig
 
 import fastllama
+from fastllama.lab.devices.world import meet
 from fastllama.lab.fault import explained
 from fastllama.lab.measuring import assisted, checkpoint, drafting, vanilla
 from fastllama.lab.measuring.checkpoint import Checkpoint
@@ -168,6 +169,8 @@ def load_alone(point: Point, found: Checkpoint, name: str, pad: int) -> Contesta
     if point.world_size > 1:
         fast["distributed_config"] = DistributedConfig(tp_plan="auto")
     model, seconds = checkpoint.load(found, cls, point.torch_dtype, torch.device(point.device), **fast)
+    if point.world_size > 1:
+        meet()  # one may have loaded for minutes longer; a message may not be so late
     vanilla.plain_greedy(model, pad)
     contestant = Contestant(name, model, seconds, sampler=point.workload.sampler, seed=point.workload.seed)
     contestant.prefill_chunk = None if name == "ours" else point.prefill_chunk

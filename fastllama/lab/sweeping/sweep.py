@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from fastllama.lab.devices.world import is_lost
 from fastllama.lab.fault import sentence
 from fastllama.lab.measuring import measure
 from fastllama.lab.measuring.environment import environment
@@ -139,8 +140,8 @@ def _one(each: Planned, setting: Setting, begin: Callable[[str], None], alone: b
             raise MemoryError(f"{point.model_name} cannot run: {room}")
         return _skipped(point, setting, room)
     except Exception as fault:
-        # Whatever ends one point must not end those after it.
-        if alone:
+        # Whatever ends one point must not end those after it, unless it is another process that ended.
+        if alone or is_lost(fault):
             raise
         entry = _unmeasured(point, setting, "failed", _without_paths(_reason(fault), point))
     measure.release(point, [])  # what the failure's frames held is free only now
