@@ -43,6 +43,7 @@ _UNFINISHED = "the last call did not finish"
 
 _Method = TypeVar("_Method", bound=Callable)
 _Model = TypeVar("_Model", bound="LlamaForCausalLM")
+_Maybe = TypeVar("_Maybe", torch.Tensor, None)
 
 
 def _like(parents: Any) -> Callable[[_Method], _Method]:
@@ -330,7 +331,16 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
                 inputs = model_kwargs | {"attention_mask": _ordinary(model_kwargs.get("attention_mask"))}
             other_tokenizer = not self._companions.same_tokenizer(tokenizer, assistant_tokenizer)
             obstacle, result, report, words = assisted_call(
-                self, self._engine, self._companions, _asked.get(), draft, other_tokenizer, ids, how, streamer, inputs
+                self,
+                self._engine,
+                self._companions,
+                _asked.get() or {},
+                draft,
+                other_tokenizer,
+                ids,
+                how,
+                streamer,
+                inputs,
             )
         if obstacle is None:
             self._assisted, self._path = report, words
@@ -394,5 +404,5 @@ def _config_of(draft) -> tuple[FastConfig, ...]:
     return (draft._engine.config,) if isinstance(draft, LlamaForCausalLM) else ()
 
 
-def _ordinary(tensor: torch.Tensor | None) -> torch.Tensor | None:
+def _ordinary(tensor: _Maybe) -> _Maybe:
     return tensor.clone() if tensor is not None and tensor.is_inference() else tensor

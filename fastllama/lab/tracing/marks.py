@@ -101,12 +101,14 @@ class _Inside:
     """The parts of our eager forward passes. Prepared once, since what entering costs is time that the trace shows."""
 
     def __init__(self, engine):
-        places = {(forward, function): name(part) for function, part in _FUNCTIONS.items()}
+        places: dict[tuple[Any, str], str] = {(forward, function): name(part) for function, part in _FUNCTIONS.items()}
         places[FloatCache, "write_prompt"] = places[Side, "write"] = name("cache write")
         places[SmallCache, "attend_prompt"] = name("attention")
-        self.plain = [(*place, getattr(*place)) for place in places]
+        self.plain: list[tuple[Any, str, Any]] = [(*place, getattr(*place)) for place in places]
         self.plain.append((engine.binding, "weights", engine.binding.weights))
-        self.marked = [(*place, within(getattr(*place), event)) for place, event in places.items()]
+        self.marked: list[tuple[Any, str, Any]] = [
+            (*place, within(getattr(*place), event)) for place, event in places.items()
+        ]
         self.marked.append((engine.binding, "weights", _weights(engine.binding.weights)))
 
     def __enter__(self) -> None:
