@@ -135,7 +135,7 @@ def test_float8_computes_what_it_means(compile, tied, dtype, folders, monkeypatc
     monkeypatch.setattr("fastllama.model.small_loading._require_float8", lambda devices: None)
     ours = small.load(folders[tied, True], "float8", dtype=DTYPES[dtype])
     assert ours.lm_head.format == "float8" and ours.lm_head.weight.dtype == torch.float8_e4m3fn
-    ours.preallocate(3, 32, compile=compile, bucket=16)
+    ours.preallocate(3, 32, compile=compile, products="stock", bucket=16)
     check(ours, "padded", dtype)
     assert "weights float8, fused qkv, gate+up, products: 9 small expanded" in ours._engine.words()
     ours.to(torch.float64)

@@ -102,6 +102,7 @@ class Packing:
     def __init__(self, in_use: Callable[[], bool]):
         self.entries: list[_Entry] = []
         self.restored = False
+        self.small = None  # of small weights: released_small.py
         self._in_use = in_use
 
     def take(self, modules: tuple[nn.Module, ...], weight: torch.Tensor, bias: torch.Tensor | None) -> Packed | None:
@@ -134,9 +135,11 @@ class Packing:
 
     def restore(self) -> None:
         """Puts the parameters back, one weight at a time. Once done, nothing happens."""
-        if self.restored:
+        was, self.restored = self.restored, True
+        if self.small is not None:
+            self.small.put_back()
+        if was:
             return
-        self.restored = True
         with torch.inference_mode(False), torch.no_grad():
             for entry in self.entries:
                 for module, parameter in zip(entry.modules, entry.parameters(), strict=True):
@@ -153,4 +156,4 @@ class Packing:
 
 def is_released(module: nn.Module) -> bool:
     """Whether the module's weight is packed; asking brings nothing back."""
-    return isinstance(module.__dict__["_parameters"], Released)
+    return any(isinstance(module.__dict__[name], Released) for name in ("_parameters", "_buffers"))
