@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -66,6 +66,21 @@ def test_each_part_follows_what_it_depends_on(fixed):
         for switches in ({"prefill_chunk": 100}, {})
     ]
     assert works[1] > 4 * works[0]
+
+
+@pytest.mark.parametrize("cache", [{}, {"cache_k": "int8", "cache_v": "int8"}], ids=["floats", "int8"])
+def test_a_cache_on_the_cpu_takes_none_of_an_accelerators_memory(cache, fixed):
+    def ours(length, device="cuda", **switches):
+        point = a_point(device=device, workload=Workload(2, 600, 4), cache_length=length)
+        return peak.predict(replace(point, switches=cache | {"prefill_chunk": 100} | switches), "ours")
+
+    elsewhere = [ours(length, cache_device="cpu") for length in (1000, 11_000)]
+    assert elsewhere[1].cache - elsewhere[0].cache == 10_000 * 2 * 32 * 4, "cosines and sines alone"
+    # Nor does attention, with its mask of a chunk by what came before it.
+    assert elsewhere[0].work == elsewhere[1].work < ours(1000).work
+    assert elsewhere[0].weights == ours(1000).weights and elsewhere[0].base == 0
+    assert ours(1000).cache - elsewhere[0].cache == ours(1000, "cpu").cache - elsewhere[0].cache > 0
+    assert ours(1000, "cpu", cache_device="cpu") == ours(1000, "cpu"), "it is there already"
 
 
 def test_what_is_measured_together_must_fit_together(fixed, monkeypatch):

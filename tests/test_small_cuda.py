@@ -1,8 +1,12 @@
-"""Small weights on an NVIDIA GPU: expanded within the compiled step; float8 where the GPU has it."""
+"""Small weights on an NVIDIA GPU: by torch's kernels, or as a compiled step reads them; float8 where the GPU has it."""
 
 import pytest
 import torch
 
+from fastllama.kernels.small_kinds import SMALL_KINDS
+from fastllama.kernels.small_packed import packed_obstacle
+from fastllama.kernels.small_product import dequantise, quantise
+from fastllama.kernels.tune import Chooser
 from fastllama.model.small_linear import small_tensors
 from tests import small
 from tests.tiny import GREEDY, VOCAB, generate, prompt
@@ -46,7 +50,53 @@ def test_logits_are_those_of_the_expanded_weights(compile, batch, weights, dtype
     else:
         vanilla = small.teacher_forced(small.specification(ours).cuda(), asked, tokens).double()
         assert off <= 1.2 * (vanilla - exact).square().mean().sqrt()
-    assert "small expanded" in ours._engine.words()
+    assert " small " in ours._engine.words()
+
+
+@pytest.mark.parametrize(("kind", "compile"), [("expanded", "static"), ("packed", "no"), ("summed", "static")])
+@pytest.mark.parametrize("weights", ["int8", "int4", "int4-g64", FLOAT8])
+def test_each_formulation_gives_these_logits_and_the_weights_back(kind, compile, weights, folder, monkeypatch):
+    if kind == "packed" and weights == "float8":
+        pytest.skip("torch has no kernel for it")
+    times = lambda self, work, names: {name: float(name != kind) for name in names}  # noqa: E731
+    monkeypatch.setattr(Chooser, "_measure_small", times)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder) + "-cache-" + kind)
+    ours = on_gpu(folder, weights, torch.bfloat16)
+    before = [x.clone() for x in small_tensors(ours)]
+    ours.preallocate(3, 32, compile=compile, bucket=16)
+    assert f" small {kind}" in ours._engine.words()
+    asked = inputs("padded")
+    tokens = torch.randint(3, VOCAB, (3, NEW), generator=torch.Generator().manual_seed(8)).cuda()
+    exact = small.teacher_forced(small.specification(ours, torch.float64).cuda(), asked, tokens).double()
+    logits = small.teacher_forced(ours, asked, tokens).double()
+    vanilla = small.teacher_forced(small.specification(ours).cuda(), asked, tokens).double()
+    # int4's scales have 8 bits in torch's kernel.
+    assert (logits - exact).square().mean().sqrt() <= 1.5 * (vanilla - exact).square().mean().sqrt()
+    ours.free()
+    for one, other in zip(before, small_tensors(ours), strict=True):
+        assert one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+@pytest.mark.parametrize("columns", [2048, 5632, 4096 + 128, 14336])
+@pytest.mark.parametrize("weights", ["int8", "int4", "int4-g64", "int4-g128"])
+def test_torchs_kernels_take_the_columns_of_real_models(weights, columns):
+    device = torch.device("cuda")
+    assert packed_obstacle(weights, device, torch.bfloat16, columns) is None
+    held = quantise(torch.randn(272, columns, device=device), weights)
+    packed = SMALL_KINDS["packed"](*held, None, weights, 272, columns)
+    weight = dequantise(*held, weights, 272, columns, torch.float32)
+    for rows in (1, 5, 16, 40, 300):
+        x = torch.randn(rows, columns, device=device).bfloat16()
+        expected = x.float() @ weight.T
+        assert (packed(x).float() - expected).abs().max() < 0.01 * expected.abs().max()
+
+
+def test_what_was_chosen_is_measured_and_remembered(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ours = on_gpu(folder, "int4", torch.bfloat16)
+    ours.preallocate(1, 32, compile="static", bucket=16)
+    (remembered,) = tmp_path.rglob("products/*.json")
+    assert "compile static" in remembered.read_text() and torch.cuda.get_device_name() in remembered.read_text()
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4", FLOAT8])

@@ -135,7 +135,6 @@ def test_run_llama_takes_weights(tiny, capsys):
         (["--preallocate", "--weights", "int3"], "weights='int3' is not allowed; allowed: None, int8, int4"),
         (["--preallocate", "--weights", "int4"], "has 48 columns, no multiple of 32"),
         (["--preallocate", "--weights", "float8"], "weights='float8' cannot be honoured: it is for GPUs"),
-        (["--preallocate", "--weights", "int8", "--products", "packed"], "products='packed' cannot be honoured"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(words, says, tiny, capsys):

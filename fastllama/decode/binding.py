@@ -6,8 +6,10 @@ from torch import nn
 
 from fastllama.kernels.small_weights import canonical
 from fastllama.kernels.tune import Chooser
+from fastllama.model.compiled import run_for
 from fastllama.model.config import FastConfig
 from fastllama.model.released import Packing
+from fastllama.model.released_small import SmallPacking
 from fastllama.model.small_linear import held_format, is_small, small_tensors
 from fastllama.model.sources import Sources, all_modules
 from fastllama.model.spread import local, processes
@@ -19,9 +21,11 @@ def chooser(model: nn.Module, config: FastConfig, rows: int, nbytes: int = 0) ->
     if config.products == "packed" and processes(model) > 1:
         raise ValueError("products='packed' cannot be honoured: weights that are spread over processes are not packed")
     wanted = "native" if config.compile == "native" else config.products
-    choose = Chooser(wanted, rows, nbytes, model.model.norm.weight)
-    for format in {module.format for module in all_modules(model) if is_small(module)}:
-        choose.small(format)
+    like = model.model.norm.weight
+    small = {(module.format, module.in_features) for module in all_modules(model) if is_small(module)}
+    choose = Chooser(wanted, rows, nbytes, like, run_for(config.compile, like.device), bool(small))
+    for format, columns in small:
+        choose.require_small(format, columns)
     return choose
 
 
@@ -58,6 +62,7 @@ class Binding:
         self.forget()  # never hold the old and the new at once
         choose = chooser(model, config, rows, _bytes_held(model))
         packing = Packing(self.in_use)
+        packing.small = SmallPacking(packing, self.in_use, self._let_go)
         try:
             self._packing = packing
             weights = gather(model, config.fuse, choose, choose.attention, packing)
@@ -73,6 +78,11 @@ class Binding:
         if self._packing is not None:
             self._packing.restore()
         self._packing = None
+
+    def _let_go(self) -> None:
+        """Keeps what can be said of weights that are parameters again, and none of their tensors."""
+        if self.weights is not None:
+            self.weights = self.weights._replace(embed=None, blocks=(), norm=None, lm_head=None)
 
     def forget_restored(self) -> None:
         """After a call within which somebody asked for packed weights: they are parameters again, and held once."""

@@ -13,6 +13,7 @@ float8  quants float8_e4m3fn [N, K], scales float32 [N]. For GPUs; no tiles.
 Padding stands for zeros, and rows of padding have the scale 0.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -177,17 +178,29 @@ def expanded(
     rows: int,
     columns: int,
 ) -> torch.Tensor:
-    """torch's product with the weight expanded to x's dtype, on a CPU block by block."""
-    if format == "float8" or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.linear(x, dequantise(quants, scales, format, rows, columns, x.dtype), bias)
+    """torch's product with the weight expanded to x's dtype, block by block but where the step is compiled."""
+
+    def widen(start: int, count: int) -> torch.Tensor:
+        first, last = (start, start + count) if format == "float8" else (start // TILE, -(-(start + count) // TILE))
+        return dequantise(quants[first:last], scales[first:last], format, count, columns, x.dtype)
+
+    return by_blocks(x, bias, rows, columns, widen)
+
+
+def by_blocks(
+    x: torch.Tensor, bias: torch.Tensor | None, rows: int, columns: int, widen: Callable[[int, int], torch.Tensor]
+) -> torch.Tensor:
+    """x W^T + b, where `widen(start, count)` makes rows of W [count, K] in x's dtype; `start` is a multiple of 16.
+
+    Compiled it is one block: a compiler that fuses has no need of blocks.
+    """
+    if torch.compiler.is_compiling():
+        return F.linear(x, widen(0, rows), bias)
     out = x.new_empty((*x.shape[:-1], rows))
     step = _rows_at_once(columns)
     for start in range(0, rows, step):
-        count = min(step, rows - start)
-        tiles = slice(start // TILE, -(-(start + count) // TILE))
-        weight = dequantise(quants[tiles], scales[tiles], format, count, columns, x.dtype)
-        part = slice(start, start + count)
-        out[..., part] = F.linear(x, weight, None if bias is None else bias[part])
+        part = slice(start, min(start + step, rows))
+        out[..., part] = F.linear(x, widen(part.start, part.stop - part.start), None if bias is None else bias[part])
     return out
 
 

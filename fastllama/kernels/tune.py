@@ -6,6 +6,7 @@ This file and the laboratory are the only ones that read a clock.
 import contextlib
 import json
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ import torch
 from fastllama.kernels import native
 from fastllama.kernels.attention import NATIVE_HEAD_DIMS, attend_causal, attend_prompt
 from fastllama.kernels.linear import NATIVE_DTYPES, NATIVE_ROWS, Native, Packed, Stock, can_pack, hold, let_go, pack
+from fastllama.kernels.small_kinds import Run, SmallWork
+from fastllama.kernels.small_packed import packed_obstacle
 from fastllama.kernels.small_product import native_obstacle
 from fastllama.kernels.whole_file import whole
 
 PRODUCTS = ("auto", "stock", "native", "packed")
 _PASSES = 5
+_NEVER = 1e12  # microseconds of what does not run
 _SLICE = 32 * 2**20  # bytes of a weight that are timed
 _TOTAL = 128 * 2**20  # bytes that are walked through in turn: more than the caches hold
 _PROMPT = 256  # tokens of a prompt whose attention is timed
@@ -29,11 +33,21 @@ _MARGIN = 1.05  # a packed weight is a copy that others cannot read: it has to b
 class Chooser:
     """Answers with a formulation for each weight of a model that decodes `rows` rows at a time.
 
-    `wanted` is one of `PRODUCTS`; `model_bytes` tells whether the model as a whole fits the caches. Raises
-    `ValueError` where a formulation that was asked for by name does not exist.
+    `wanted` is one of `PRODUCTS`; `model_bytes` tells whether the model as a whole fits the caches, `run` how its steps
+    run, and `small` whether its weights are in few bits. Raises `ValueError` where a formulation that was asked for by
+    name does not exist.
     """
 
-    def __init__(self, wanted: str, rows: int, model_bytes: int, weight: torch.Tensor):
+    def __init__(
+        self,
+        wanted: str,
+        rows: int,
+        model_bytes: int,
+        weight: torch.Tensor,
+        run: Run | None = None,
+        small: bool = False,
+    ):
+        self.run = run or Run()
         self.wanted, self.rows, self.model_bytes, self.dtype = wanted, rows, model_bytes, weight.dtype
         self.device = weight.device
         on_cpu = weight.device.type == "cpu"
@@ -46,7 +60,7 @@ class Chooser:
             raise ValueError(
                 f"products='native' cannot be honoured: {rows} rows are more than the {NATIVE_ROWS} it is for"
             )
-        if wanted == "packed" and not can_pack(weight):
+        if wanted == "packed" and not small and not can_pack(weight):
             raise ValueError(
                 f"products='packed' cannot be honoured: this torch packs no {weight.dtype} on {weight.device.type}"
             )
@@ -62,14 +76,65 @@ class Chooser:
             return self.wanted if self.wanted in candidates else fallback
         return candidates[0] if len(candidates) == 1 else self._fastest(weight, candidates)
 
-    def small(self, format: str) -> str:
-        """How a weight in few bits is multiplied: "native", or "expanded" to floats for torch's product."""
+    def require_small(self, format: str, columns: int) -> None:
+        """Raises `ValueError` where the formulation that was asked for does not take weights in few bits."""
         if self.wanted == "packed":
-            raise ValueError(f"products='packed' cannot be honoured: weights in {format} have no packed form")
+            why = packed_obstacle(format, self.device, self.dtype, columns)
+            if why is not None:
+                raise ValueError(
+                    f"products='packed' cannot be honoured: weights in {format} have no packed form: {why}"
+                )
         why = native_obstacle(format, self.device)
         if self.wanted == "native" and why is not None:
             raise ValueError(f"products='native' cannot be honoured: {why}")
-        return "expanded" if self.wanted == "stock" or why is not None or self.rows > NATIVE_ROWS else "native"
+
+    def small(self, format: str, rows: int, columns: int, may_pack: bool) -> str:
+        """How a weight [N, K] in few bits is multiplied: "native"; "packed" for torch's own kernel; "summed" as it is
+        read, in one kernel that torch compiles; or "expanded" to floats for torch's product."""
+        self.require_small(format, columns)
+        native = native_obstacle(format, self.device) is None
+        if native and self.wanted in ("auto", "native"):
+            return "native" if self.rows <= NATIVE_ROWS else "expanded"
+        if self.wanted == "packed" and may_pack:
+            return "packed"
+        if self.wanted != "auto":
+            return "native" if native and self.wanted != "stock" and self.rows <= NATIVE_ROWS else "expanded"
+        candidates = ["expanded"]
+        if may_pack and packed_obstacle(format, self.device, self.dtype, columns) is None:
+            candidates.append("packed")
+        if (may_pack or format == "float8") and self.run.compiles and self.rows <= NATIVE_ROWS:
+            candidates.append("summed")
+        return candidates[0] if len(candidates) == 1 else self._fastest_small(format, rows, columns, candidates)
+
+    def _fastest_small(self, format: str, rows: int, columns: int, candidates: list[str]) -> str:
+        nbytes = min(self.model_bytes, _TOTAL)
+        what = (f"{format} {rows}x{columns}", f"rows {self.rows}", f"of {nbytes >> 20} MiB")
+        what += (_name(self.device), f"compile {self.run.mode}")
+        work = SmallWork(format, rows, columns, self.rows, self.dtype, self.device, nbytes)
+        times = _known(what, self.dtype, candidates, lambda: self._measure_small(work, candidates))
+        return min(candidates, key=times.__getitem__)
+
+    def _measure_small(self, work: SmallWork, candidates: list[str]) -> dict[str, float]:
+        """Microseconds of one product, by formulation. One that does not run here is left out, with a warning."""
+        x, walks = work.x(), {}
+
+        def walk(name: str) -> None:
+            walks[name](x)
+            if self.device.type != "cpu":
+                torch.accelerator.synchronize(self.device)
+
+        for name in candidates:
+            try:
+                walks[name] = self.run.prepare(work.products(name))
+                walk(name)  # compiles
+            except Exception as fault:  # whatever a compiler or a kernel can do wrong
+                if name == "expanded":
+                    raise
+                words = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
+                warnings.warn(f"fastllama: {work.format} weights are not multiplied {name}: {words}", stacklevel=2)
+                walks.pop(name, None)
+        times = _interleaved(list(walks), walk)
+        return {name: times[name] / work.copies if name in times else _NEVER for name in candidates}
 
     def attention(self, heads: int, kv_heads: int, dim: int) -> str:
         """Which attention a prompt takes: "stock", which is torch's own, or "native"."""
@@ -152,6 +217,11 @@ def _known(
         times = measure()
         _write({**_read(), key: times})
     return times
+
+
+def _name(device: torch.device) -> str:
+    """What a measurement depends on besides the processor."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _are_times(times, candidates: list[str]) -> bool:

@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import torch
 
-from fastllama.model.capture import CapturedStep
+from fastllama.kernels.small_kinds import Run, SmallProduct
+from fastllama.model.capture import CapturedStep, captured
 from fastllama.model.forward import step
 
 
@@ -23,6 +24,30 @@ def compiled_step(mode: str, capture: bool) -> Callable:
         return step
     compiled = torch.compile(_own_code(step), dynamic=mode == "dynamic", fullgraph=True)
     return CapturedStep(compiled) if mode == "static" and capture else compiled
+
+
+def _each(products: list[SmallProduct], x: torch.Tensor) -> list[torch.Tensor]:
+    return [product(x) for product in products]
+
+
+class CompiledRun(Run):
+    """Products compiled as the step is, for the measurement that chooses among them."""
+
+    compiles = True
+
+    def __init__(self, mode: str, capture: bool):
+        self.mode, self.capture = mode, capture
+
+    def prepare(self, products: list[SmallProduct]) -> Callable[[torch.Tensor], list[torch.Tensor]]:
+        compiled = torch.compile(_own_code(_each), dynamic=self.mode == "dynamic", fullgraph=True)
+        if self.capture:
+            return captured(compiled, products)
+        return lambda x: compiled(products, x)
+
+
+def run_for(mode: str, device: torch.device) -> Run:
+    """How a step of a validated FastConfig.compile runs on the device."""
+    return Run() if mode in ("no", "native") else CompiledRun(mode, mode == "static" and device.type == "cuda")
 
 
 class Buckets:

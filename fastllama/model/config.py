@@ -37,8 +37,8 @@ class FastConfig:
 
     products: str = _switch(
         "auto",
-        "how a CPU multiplies: stock is torch's call, native is C++, packed rearranges the weights for oneDNN, "
-        "auto measures and remembers",
+        "how to multiply: stock is torch's call, native is C++ for CPUs, packed rearranges the weights for oneDNN and "
+        "small ones for torch's int8 and int4 kernels, auto measures and remembers",
         "auto, stock, native, packed",
     )
     weights: str | None = _switch(

@@ -116,6 +116,7 @@ class Packing:
     def __init__(self, in_use: Callable[[], bool]):
         self.entries: list[_Entry] = []
         self.restored = False
+        self.small = None  # of small weights: released_small.py
         self._in_use = in_use
         self._lock = threading.RLock()
 
@@ -144,6 +145,8 @@ class Packing:
     def restore(self) -> None:
         """Puts the parameters back, one weight at a time. Once done, nothing happens."""
         self.restored = True
+        if self.small is not None:
+            self.small.put_back()
         if not self.entries:
             return
         with self._lock, torch.inference_mode(False), torch.no_grad():
@@ -166,4 +169,4 @@ class Packing:
 
 def is_released(module: nn.Module) -> bool:
     """Whether the module's weight is packed; asking brings nothing back."""
-    return isinstance(module.__dict__["_parameters"], Released)
+    return any(isinstance(module.__dict__[name], Released) for name in ("_parameters", "_buffers"))

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from fastllama.kernels.small_product import Expanded, Small, dequantise, dequantise_rows, native_obstacle, shapes
-
-_TENSORS = ("weight", "weight_scale")
+from fastllama.model.released_small import SMALL_TENSORS, ReleasedSmall
 
 
 class _Held(nn.Module):
@@ -20,12 +19,12 @@ class _Held(nn.Module):
     def __init__(self, rows: int, columns: int, format: str):
         super().__init__()
         self.rows, self.columns, self.format = rows, columns, format
-        for name, (shape, dtype) in zip(_TENSORS, shapes(format, rows, columns), strict=True):
+        for name, (shape, dtype) in zip(SMALL_TENSORS, shapes(format, rows, columns), strict=True):
             self.register_buffer(name, torch.empty(shape, dtype=dtype))
 
     def hold(self, quants: torch.Tensor, scales: torch.Tensor) -> None:
         """Takes what `quantise` made."""
-        for name, tensor in zip(_TENSORS, (quants, scales), strict=True):
+        for name, tensor in zip(SMALL_TENSORS, (quants, scales), strict=True):
             # Else transformers would initialise it.
             tensor._is_hf_initialized = True  # type: ignore[attr-defined]
             setattr(self, name, tensor)
@@ -39,7 +38,7 @@ class _Held(nn.Module):
 
     def _apply(self, fn, recurse=True):
         # As bytes, they move and are shared like any tensor; a cast leaves them alone.
-        dtypes = {name: self._buffers[name].dtype for name in _TENSORS}
+        dtypes = {name: self._buffers[name].dtype for name in SMALL_TENSORS}
         for name in dtypes:
             self._buffers[name] = self._buffers[name].view(torch.uint8)
         try:
@@ -119,5 +118,11 @@ def held_format(model: nn.Module) -> str | None:
 
 
 def small_tensors(model: nn.Module) -> list[torch.Tensor]:
-    """Every buffer that holds small weights, each once."""
-    return [getattr(module, name) for module in model.modules() if isinstance(module, _Held) for name in _TENSORS]
+    """Every tensor that holds small weights, each once: the buffers, or what holds them while they are packed."""
+    found = {}
+    for module in model.modules():
+        if isinstance(module, _Held):
+            buffers = module.__dict__["_buffers"]
+            packed = isinstance(buffers, ReleasedSmall)
+            found |= {id(x): x for x in (buffers.instead if packed else map(buffers.get, SMALL_TENSORS))}
+    return list(found.values())

@@ -4,6 +4,7 @@ Fused weights are one storage of which q_proj, k_proj, v_proj (and gate_proj, up
 the checkpoint names stay the parent's, so saving, training and adapters see nothing new.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, cast
@@ -14,7 +15,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from fastllama.kernels.linear import Native, Packed, Stock
 from fastllama.kernels.norm import Norm
-from fastllama.kernels.small_product import TILE, Expanded, Small
+from fastllama.kernels.small_kinds import SMALL_KINDS, SmallProduct
+from fastllama.kernels.small_product import TILE
 from fastllama.model.released import Packing
 from fastllama.model.small_linear import SmallLinear, is_small
 from fastllama.model.sources import is_plain
@@ -31,7 +33,7 @@ from fastllama.model.spread import (
 )
 from fastllama.model.table import SmallTable, Table, table
 
-Product = Stock | Native | Packed | Small | Expanded | Total | Joined
+Product = Stock | Native | Packed | SmallProduct | Total | Joined
 
 
 class Choice(Protocol):
@@ -40,8 +42,8 @@ class Choice(Protocol):
     def __call__(self, weight: torch.Tensor, may_pack: bool) -> str:
         """ "stock", "native" or "packed", for floats."""
 
-    def small(self, format: str) -> str:
-        """ "native" or "expanded", for few bits."""
+    def small(self, format: str, rows: int, columns: int, may_pack: bool) -> str:
+        """A name of `SMALL_KINDS`, for few bits."""
 
 
 # Which a prompt's attention takes: (query heads, kv heads, head dim) -> "stock" or "native".
@@ -144,16 +146,19 @@ class _Gatherer:
             return packed
         return (Native if kind == "native" else Stock)(weight, bias)
 
-    def small(self, modules: tuple[nn.Module, ...]) -> Small | Expanded:
+    def small(self, modules: tuple[nn.Module, ...]) -> SmallProduct:
         """The same of modules whose weights are held in few bits, in one format."""
         first = modules[0]
         quants = _one_storage([module.weight for module in modules])
         scales = _one_storage([module.weight_scale for module in modules])
         bias = None if first.bias is None else _one_storage([module.bias for module in modules])
-        kind = self.choose.small(first.format)
+        rows, columns = sum(module.out_features for module in modules), first.in_features
+        owned = all(type(module) is SmallLinear for module in modules)
+        kind = self.choose.small(first.format, rows, columns, owned)
         self.kinds[f"small {kind}"] += 1
-        rows = sum(module.out_features for module in modules)
-        return (Small if kind == "native" else Expanded)(quants, scales, bias, first.format, rows, first.in_features)
+        make = functools.partial(SMALL_KINDS[kind], quants, scales, bias, first.format, rows, columns)
+        in_place = kind in ("native", "expanded") or first.format == "float8"
+        return make() if in_place else self.packing.small.take(modules, make)
 
     def one(self, module: nn.Module, tied: bool = False) -> Product | nn.Module:
         if is_small(module) and is_plain(module, type(module)):
@@ -193,7 +198,7 @@ class _Gatherer:
             if all(isinstance(getattr(block, product), Fused) for block in blocks)
         ]
         kinds = " + ".join(f"{count} {kind}" for kind, count in sorted(self.kinds.items()))
-        formats = {block.down.format for block in blocks if isinstance(block.down, (Small, Expanded))}
+        formats = {block.down.format for block in blocks if isinstance(block.down, SmallProduct)}
         held = "".join(f"weights {format}, " for format in sorted(formats))
         spread = "" if self.group is None else f", tensor parallel over {self.group.size} processes"
         return f"{held}{'fused ' + ', '.join(fused) if fused else 'nothing fused'}, products: {kinds}{spread}"

@@ -9,6 +9,7 @@ import torch
 from fastllama.kernels import native
 from fastllama.lab.measuring.checkpoint import position_bytes
 from fastllama.lab.measuring.contestant import synchronize
+from fastllama.model.released import is_released
 from fastllama.model.small_linear import small_tensors
 from fastllama.model.spread import local
 
@@ -81,8 +82,9 @@ def step_bytes(
     """
     here = map(local, (*model.parameters(), *small_tensors(model)))
     tensors = {tensor.data_ptr(): tensor.nbytes for tensor in here}
-    embedding = local(model.get_input_embeddings().weight)
-    if embedding.data_ptr() != local(model.get_output_embeddings().weight).data_ptr():
+    embedding, head = local(model.get_input_embeddings().weight), model.get_output_embeddings()
+    # One that is packed is nobody else's, and to ask for it would unpack them all.
+    if is_released(head) or embedding.data_ptr() != local(head.weight).data_ptr():
         del tensors[embedding.data_ptr()]
     positions = sum(lengths) + len(lengths) * new_tokens // 2
     position = position_bytes(model.config, model.dtype.itemsize, cache_k, cache_v) // world_size

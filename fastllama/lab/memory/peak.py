@@ -145,6 +145,11 @@ def _ours(point: Point, config: LlamaConfig) -> Peak:
     tokens = switches.prefill_chunk or automatic_chunk(work.batch_size, work.prompt_length, device.type)
     tokens = min(tokens, work.prompt_length)
     past = work.prompt_length - tokens
+    if device.type != "cpu" and switches.cache_device == "cpu":
+        # Keys, values and attention are on the CPU, whose memory is not counted here.
+        plain = cache_shape(config, work.batch_size, point.positions, dtype, device)
+        passing = prefill_bytes(config, plain, tokens, 0, switches.weights)
+        return Peak(0, weight_bytes(config, switches.weights, dtype).total, rotary_bytes(plain), passing)
     passing = (_HEAP if device.type == "cpu" else 1) * prefill_bytes(config, shape, tokens, past, switches.weights)
     return Peak(0, weight_bytes(config, switches.weights, dtype).total, shape.nbytes + rotary_bytes(shape), passing)
 
