@@ -32,6 +32,7 @@ from fastllama.decode.switches import switched
 from fastllama.llama import LlamaForCausalLM
 from fastllama.model.config import FastConfig
 from fastllama.model.rotary import is_stateful
+from fastllama.model.spread import processes
 
 logger = logging.get_logger("fastllama")
 
@@ -107,6 +108,8 @@ def _checked(path: str | Path) -> Path:
 
 
 def _require_exportable(model: LlamaForCausalLM, config: FastConfig, shape: CacheShape) -> None:
+    if processes(model) > 1:
+        raise ValueError("export takes a whole model, and this one is spread over processes by tensor parallelism")
     require_weights(model, config.weights)
     rotary = model.model.rotary_emb
     reasons = {

@@ -108,15 +108,16 @@ class Chooser:
 
     def _fastest_small(self, format: str, rows: int, columns: int, candidates: list[str]) -> str:
         nbytes = min(self.model_bytes, _TOTAL)
-        what = (f"{format} {rows}x{columns}", f"rows {self.rows}", f"of {nbytes >> 20} MiB")
-        what += (_name(self.device), f"compile {self.run.mode}")
+        sizes = (f"{format} {rows}x{columns}", f"rows {self.rows}", f"of {nbytes >> 20} MiB")
+        what = (*sizes, _name(self.device), f"compile {self.run.mode}")
         work = SmallWork(format, rows, columns, self.rows, self.dtype, self.device, nbytes)
         times = _known(what, self.dtype, candidates, lambda: self._measure_small(work, candidates))
         return min(candidates, key=times.__getitem__)
 
     def _measure_small(self, work: SmallWork, candidates: list[str]) -> dict[str, float]:
         """Microseconds of one product, by formulation. One that does not run here is left out, with a warning."""
-        x, walks = work.x(), {}
+        x = work.x()
+        walks: dict[str, Callable] = {}
 
         def walk(name: str) -> None:
             walks[name](x)

@@ -9,6 +9,7 @@ import copy
 import threading
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -116,7 +117,7 @@ class Packing:
     def __init__(self, in_use: Callable[[], bool]):
         self.entries: list[_Entry] = []
         self.restored = False
-        self.small = None  # of small weights: released_small.py
+        self.small: Any = None  # of small weights: released_small.py
         self._in_use = in_use
         self._lock = threading.RLock()
 

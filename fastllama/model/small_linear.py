@@ -119,7 +119,7 @@ def held_format(model: nn.Module) -> str | None:
 
 def small_tensors(model: nn.Module) -> list[torch.Tensor]:
     """Every tensor that holds small weights, each once: the buffers, or what holds them while they are packed."""
-    found = {}
+    found: dict[int, torch.Tensor] = {}
     for module in model.modules():
         if isinstance(module, _Held):
             buffers = module.__dict__["_buffers"]

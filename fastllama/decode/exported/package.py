@@ -96,7 +96,8 @@ def write(traced: torch.export.ExportedProgram, path: Path, said: dict[str, str]
 def _compiler_named():
     try:
         yield
-    except Exception as fault:
+    except Exception as failure:
+        fault: BaseException | None = failure
         while fault is not None and type(fault).__name__ != "InvalidCxxCompiler":
             fault = fault.__cause__ or fault.__context__
         if fault is None:
