@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from contextvars import ContextVar
 from typing import Any, TypeVar, cast
 
 import torch
@@ -11,7 +10,7 @@ from transformers import GenerationConfig, LlamaConfig
 from transformers.generation.utils import GenerateOutput
 from transformers.utils import logging
 
-from fastllama.decode import own_loop, together
+from fastllama.decode import own_loop
 from fastllama.decode.assisted.call import assisted_call
 from fastllama.decode.assisted.companions import Companions
 from fastllama.decode.assisted.report import Assisted
@@ -22,11 +21,14 @@ from fastllama.decode.engine import Engine
 from fastllama.decode.loop import sample_loop
 from fastllama.decode.many.call import SHARED, run_many
 from fastllama.decode.many.result import Generated
+from fastllama.decode.opening import opening
+from fastllama.decode.ordinary import on_ordinary_tensors, ordinary
 from fastllama.decode.reservation import within
 from fastllama.decode.sampling import call as sampling_call
 from fastllama.decode.sampling.options import Sampling
-from fastllama.decode.support import call_obstacle, model_obstacle
+from fastllama.decode.support import model_obstacle
 from fastllama.decode.switches import switched
+from fastllama.decode.told import Told, telling, told
 from fastllama.decode.turn import if_free, in_turn, require_free
 from fastllama.model.config import FastConfig
 from fastllama.model.small_linear import held_format
@@ -34,10 +36,6 @@ from fastllama.model.small_loading import known_to_transformers, quantised_by
 from fastllama.model.spreading import asked_plainly, distribute
 
 logger = logging.get_logger("fastllama")
-# Whether the generate call in progress, in this thread, was handed past_key_values.
-_given_cache: ContextVar[bool] = ContextVar("given_cache", default=False)
-# What that call itself says about assistance, which transformers reads from the draft's generation config only.
-_asked: ContextVar[dict | None] = ContextVar("asked", default=None)
 _UNFINISHED = "the last call did not finish"
 
 
@@ -56,17 +54,6 @@ def _like(parents: Any) -> Callable[[_Method], _Method]:
         return cast(_Method, made)
 
     return wrap
-
-
-def _on_ordinary_tensors(method: _Method) -> _Method:
-    """Runs a method without gradients and outside inference mode, which compiled code would take for another world."""
-
-    @functools.wraps(method)
-    def run(*args, **kwargs):
-        with torch.inference_mode(False), torch.no_grad():
-            return method(*args, **kwargs)
-
-    return cast(_Method, run)
 
 
 class LlamaForCausalLM(transformers.LlamaForCausalLM):
@@ -117,7 +104,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
 
     # reservation
 
-    @_on_ordinary_tensors
+    @on_ordinary_tensors
     def preallocate(
         self,
         batch_size: int = 1,
@@ -182,7 +169,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
 
     # forward passes for people who write their own loop
 
-    @_on_ordinary_tensors
+    @on_ordinary_tensors
     def prefill(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Starts anew with prompts [B, T]; returns the logits [B, V] after each row's last token.
 
@@ -191,7 +178,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         """
         return own_loop.prefill(self, self._engine, input_ids, attention_mask)
 
-    @_on_ordinary_tensors
+    @on_ordinary_tensors
     def step(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Appends tokens [B, Q] to the rows of the last prefill; returns logits [B, Q, V].
 
@@ -222,21 +209,14 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         own = own_arguments(kwargs)
         config = args[1] if len(args) > 1 else kwargs.get("generation_config")
         asked = {name: (own | kwargs).get(name, getattr(config, name, None)) for name in ASKED}
-        before = _given_cache.get(), _asked.get()
-        try:
-            try:
-                _say_call(kwargs.get("past_key_values") is not None, asked)
-                result = super().generate(*args, **kwargs)
-            finally:
-                _say_call(*before)
-        finally:
-            _say_call(*before)  # where an interruption kept the first from it
+        given = kwargs.get("past_key_values") is not None
+        result = telling(Told(given, asked), functools.partial(super().generate, *args, **kwargs))
         if self._path is _UNFINISHED:
             self._say_parent("this decoding mode is not sped up")
         logger.info("generated: %s", self._path)
         return result
 
-    @_on_ordinary_tensors
+    @on_ordinary_tensors
     def generate_many(
         self,
         prompts: Iterable[Sequence[int] | torch.Tensor],
@@ -277,18 +257,14 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         streamer=None,
         **model_kwargs,
     ):
-        together.begin(self, generation_config)
-        sampling_call.begin(logits_processor, input_ids, model_kwargs.get("attention_mask"))
-        obstacle = "past_key_values are given" if _given_cache.get() else None
-        obstacle = obstacle or model_obstacle(self)
-        obstacle = obstacle or call_obstacle(self, generation_config, synced_gpus, model_kwargs)
+        obstacle = opening(self, input_ids, logits_processor, generation_config, synced_gpus, model_kwargs)
         how = (logits_processor, stopping_criteria, generation_config)
 
         def fast():
             with torch.inference_mode(False), torch.no_grad():
-                mask, embeds = (_ordinary(model_kwargs.get(name)) for name in ("attention_mask", "inputs_embeds"))
+                mask, embeds = (ordinary(model_kwargs.get(name)) for name in ("attention_mask", "inputs_embeds"))
                 tensors = {"attention_mask": mask, "inputs_embeds": embeds}
-                result = sample_loop(self, self._engine, _ordinary(input_ids), *how, streamer, **tensors)
+                result = sample_loop(self, self._engine, ordinary(input_ids), *how, streamer, **tensors)
             self._path = self._engine.words()
             return result
 
@@ -316,25 +292,21 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         **model_kwargs,
     ):
         """The parent's, which takes one row, for any number of rows."""
-        together.begin(self, generation_config)
-        sampling_call.begin(logits_processor, input_ids, model_kwargs.get("attention_mask"))
+        obstacle = opening(self, input_ids, logits_processor, generation_config, synced_gpus, model_kwargs)
         how = (logits_processor, stopping_criteria, generation_config)
         draft = assistant_model if generation_config.prompt_lookup_num_tokens is None else None
         for config in (self._engine.config, *_config_of(draft)):
             require_unmoved(config, "assisted generation, which takes tokens back that may have moved")
-        obstacle = "past_key_values are given" if _given_cache.get() else None
-        obstacle = obstacle or model_obstacle(self)
-        obstacle = obstacle or call_obstacle(self, generation_config, synced_gpus, model_kwargs)
         if obstacle is None:
             with torch.inference_mode(False):
-                ids = _ordinary(input_ids)
-                inputs = model_kwargs | {"attention_mask": _ordinary(model_kwargs.get("attention_mask"))}
+                ids = ordinary(input_ids)
+                inputs = model_kwargs | {"attention_mask": ordinary(model_kwargs.get("attention_mask"))}
             other_tokenizer = not self._companions.same_tokenizer(tokenizer, assistant_tokenizer)
             obstacle, result, report, words = assisted_call(
                 self,
                 self._engine,
                 self._companions,
-                _asked.get() or {},
+                told().assistance or {},
                 draft,
                 other_tokenizer,
                 ids,
@@ -395,14 +367,5 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         return self._rebinding("load_state_dict", functools.partial(super().load_state_dict, *args, **kwargs))
 
 
-def _say_call(given: bool, asked: dict | None) -> None:
-    _given_cache.set(given)
-    _asked.set(asked)
-
-
 def _config_of(draft) -> tuple[FastConfig, ...]:
     return (draft._engine.config,) if isinstance(draft, LlamaForCausalLM) else ()
-
-
-def _ordinary(tensor: _Maybe) -> _Maybe:
-    return tensor.clone() if tensor is not None and tensor.is_inference() else tensor

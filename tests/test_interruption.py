@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import fastllama
-from fastllama import llama
 from fastllama.decode import reservation, reserved, turn
+from fastllama.decode.told import Told, told
 from fastllama.model.forward import step
 from tests import tiny
 from tests.interruptions import interrupt, spread
@@ -39,7 +39,7 @@ def assert_usable(models, expected, free: bool) -> None:
     for model in (ours, draft):
         assert not model._engine.turn.is_taken() and not model._engine.fast.is_taken()
     assert not turn.calls_here()
-    assert llama._given_cache.get() is False and llama._asked.get() is None
+    assert told() == Told()
     assert isinstance(ours.path, str)
     if free:
         ours.free()
