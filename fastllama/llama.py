@@ -66,7 +66,8 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
     def from_pretrained(cls, *args, fast: FastConfig | None = None, **kwargs):
         """The parent's; `fast` is how the model generates where `preallocate` is not told otherwise.
 
-        `fast.weights` quantises the weights while they are loaded, one tensor at a time. Raises `ValueError` for
+        Without it, what `register` was told holds. `fast.weights` quantises the weights while they are loaded, one
+        tensor at a time. Raises `ValueError` for
         weights that cannot be held so.
         """
         if fast is not None and not isinstance(fast, FastConfig):

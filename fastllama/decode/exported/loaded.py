@@ -73,12 +73,12 @@ class ExportedStep:
         for storage in (*self._keys, *self._values):
             storage.zero_()
         self.valid_past_index.zero_()
-        self._rows, self._used, logits_RV = rows, 0, None
+        self._rows, self._used = rows, 0
+        logits_RV = self._keys[0].new_zeros(rows, self.vocab_size)
         for tokens_RQ in prompt.tokens.split(self._chunk, dim=1):
             left_R = prompt.lengths - self._used
             here_RV = self._call(tokens_RQ, left_R.clamp(0, tokens_RQ.shape[1]))
-            reached = (left_R > 0)[:, None].to(here_RV.device)
-            logits_RV = here_RV if logits_RV is None else torch.where(reached, here_RV, logits_RV)
+            logits_RV = torch.where((left_R > 0)[:, None].to(here_RV.device), here_RV, logits_RV)
         return logits_RV
 
     @torch.no_grad()

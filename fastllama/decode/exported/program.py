@@ -3,7 +3,7 @@
 Legend: B batch, Q query tokens, S cache positions read, E hidden size, K kv heads, D head dim, V vocabulary.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +62,8 @@ class StepProgram(nn.Module):
     def __init__(self, weights: Weights, cos_SD: torch.Tensor, sin_SD: torch.Tensor):
         super().__init__()
         leaves, self._spec = tree_flatten((_for_any_rows(weights), cos_SD, sin_SD))
-        self._leaves, names = [], {}
+        self._leaves: list[tuple[bool, Any]] = []
+        names: dict[tuple[int, torch.Size], str] = {}
         for leaf in leaves:
             if not isinstance(leaf, torch.Tensor):
                 self._leaves.append((False, leaf))

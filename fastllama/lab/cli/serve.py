@@ -2,6 +2,7 @@
 
 import logging
 from contextlib import contextmanager
+from typing import Any
 
 from fastllama import FastConfig, register, unregister
 from fastllama.lab.points.option import OPTIONS
@@ -68,16 +69,16 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
         if name != "--fast":
             rest.append(word)
             continue
-        value = value if equals else next(left, None)
-        if value is None:
+        given = value if equals else next(left, None)
+        if given is None:
             raise ValueError("--fast needs a value: NAME=VALUE,...")
-        words += value.split(",")
+        words += given.split(",")
     return words, rest
 
 
 def config(words: list[str]) -> FastConfig | None:
     """The switches that `words`, each name=value, give; None without one. Raises `ValueError`."""
-    switches = {}
+    switches: dict[str, Any] = {}
     for word in words:
         name, equals, value = (part.strip() for part in word.partition("="))
         name = name.replace("-", "_")
