@@ -67,8 +67,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         """The parent's; `fast` is how the model generates where `preallocate` is not told otherwise.
 
         Without it, what `register` was told holds. `fast.weights` quantises the weights while they are loaded, one
-        tensor at a time. Raises `ValueError` for
-        weights that cannot be held so.
+        tensor at a time. Raises `ValueError` for weights that cannot be held so.
         """
         if fast is not None and not isinstance(fast, FastConfig):
             raise ValueError(f"fast={fast!r} is not allowed; allowed: None or a FastConfig")

@@ -37,17 +37,14 @@ class ExportedStep:
             self._run = torch._inductor.aoti_load_package(str(path))
             said = self._run.get_metadata()
         except Exception as fault:
-            raise ValueError(f"path={str(path)!r} cannot be loaded: {str(fault).splitlines()[0]}") from fault
+            why = (str(fault).splitlines() or [type(fault).__name__])[0]
+            raise ValueError(f"path={str(path)!r} cannot be loaded: {why}") from fault
         if said.get("fastllama_step") != FORMAT:
             raise ValueError(f"path={str(path)!r} is no step that this version of fastllama.export wrote")
         names = ("batch_size", "cache_length", "vocab_size", "bucket", "prefill_chunk")
         self.batch_size, self.cache_length, self.vocab_size, self._bucket, self._chunk = (int(said[n]) for n in names)
-        device, dtype, size = (
-            torch.device(said["device"]),
-            getattr(torch, said["dtype"]),
-            json.loads(said["cache_shape"]),
-        )
-        layers = int(said["num_layers"])
+        size, layers = json.loads(said["cache_shape"]), int(said["num_layers"])
+        dtype, device = getattr(torch, said["dtype"]), torch.device(said["device"])
         nbytes = 2 * layers * torch.Size(size).numel() * dtype.itemsize
         require(nbytes, device, f"a cache of {self.batch_size} x {self.cache_length} positions")
         self._keys, self._values = (
@@ -103,6 +100,8 @@ class ExportedStep:
         ids_BQ = self._positions.new_zeros(self.batch_size, tokens)
         lengths_B = self._positions.new_zeros(self.batch_size)
         ids_BQ[:rows], lengths_B[:rows] = tokens_RQ, lengths_R
-        self._used += tokens
-        read = self._positions[: -(-self._used // self._bucket) * self._bucket]
-        return self._run(ids_BQ, lengths_B, self.valid_past_index, read, self._keys, self._values)[:rows]
+        used = self._used + tokens
+        read = self._positions[: -(-used // self._bucket) * self._bucket]
+        logits_BV = self._run(ids_BQ, lengths_B, self.valid_past_index, read, self._keys, self._values)
+        self._used = used
+        return logits_BV[:rows]

@@ -51,7 +51,9 @@ def trace(module: StepProgram, shape: CacheShape) -> torch.export.ExportedProgra
     )
     tokens_BQ = row.new_zeros(shape.batch_size, _EXAMPLE)
     arguments = (tokens_BQ, row, row - 1, torch.arange(_EXAMPLE + 1, device=shape.device), keys, values)
-    tokens, read = (torch.export.Dim(name, min=1, max=shape.cache_length) for name in ("tokens", "read"))
+    # The storage is longer than the cache, so a cache shorter than the example may be called with its length too.
+    longest = max(shape.cache_length, _EXAMPLE + 1)
+    tokens, read = (torch.export.Dim(name, min=1, max=longest) for name in ("tokens", "read"))
     whole = [None] * shape.num_layers
     sizes = ({1: tokens}, None, None, {0: read}, whole, whole)
     return torch.export.export(module, arguments, dynamic_shapes=sizes, strict=False)
