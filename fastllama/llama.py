@@ -81,8 +81,8 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
     def from_pretrained(cls: type[_Model], *args: Any, fast: FastConfig | None = None, **kwargs: Any) -> _Model:
         """The parent's, whose words follow; `fast` is how it generates where `preallocate` is not told otherwise.
 
-        `fast.weights` quantises the weights while they are loaded, one tensor at a time. Raises `ValueError` for
-        weights that cannot be held so.
+        Without it, what `register` was told holds. `fast.weights` quantises the weights while they are loaded, one
+        tensor at a time. Raises `ValueError` for weights that cannot be held so.
         """
         if fast is not None and not isinstance(fast, FastConfig):
             raise ValueError(f"fast={fast!r} is not allowed; allowed: None or a FastConfig")

@@ -137,6 +137,18 @@ def test_what_is_compiled_is_the_step(name):
     assert valid.tolist() == [14 + NEW - 1] * 3 and all(storage.any() for storage in (*keys, *values))
 
 
+def test_the_shortest_cache():
+    _, ours = pair(num_hidden_layers=1)
+    config = fastllama.FastConfig(products="stock")
+    shape = shape_for(ours, 1, 1, config)
+    with torch.no_grad():
+        run = package.trace(package.program(ours, shape, config), shape).module()
+        caches = [[torch.zeros(1, 2, shape.reserved_length, 16)] for _ in range(2)]
+        one = torch.ones(1, dtype=torch.int64)
+        found = run(torch.tensor([[7]]), one, one - 1, torch.arange(1), *caches)
+    torch.testing.assert_close(found, ours.prefill(torch.tensor([[7]])))
+
+
 REFUSED = {
     "native": ({"compile": "native"}, "compile='native' cannot be exported: that step is C[+][+]"),
     "packed": ({"products": "packed"}, "products='packed' cannot be exported"),

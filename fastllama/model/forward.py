@@ -9,7 +9,7 @@ from fastllama.cache.float_cache import FloatCache, mask_for, write_tokens
 from fastllama.cache.small_cache import Side, SmallCache, attend
 from fastllama.kernels.attention import attend_cache, attend_causal, attend_prompt
 from fastllama.kernels.rope import rotate
-from fastllama.model.tree import Branching
+from fastllama.model.tree import Masking
 from fastllama.model.weights import Block, Fused, Weights
 
 # Rows that a CPU takes through an MLP at a time: what lies between its products then stays in the cache, in memory
@@ -93,7 +93,7 @@ def step(
     index_BQ: torch.Tensor,
     cos_BQD: torch.Tensor,
     sin_BQD: torch.Tensor,
-    branching: Branching | None = None,
+    branching: Masking | None = None,
 ) -> torch.Tensor:
     """Runs the newest tokens against the cache and moves `valid_past_index` on; returns logits [B, Q, V].
 

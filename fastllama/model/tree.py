@@ -5,9 +5,17 @@ After SpecInfer (Miao et al. 2023, arXiv 2305.09781): one forward pass verifies 
 Legend: B rows, Q newest tokens, T tokens of the tree so far, the newest last, S cache positions.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
+
+
+class Masking(Protocol):
+    """Who says what new tokens may see."""
+
+    def mask(self, index_BQ: torch.Tensor, positions_S: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """What is added to the scores [B, 1, Q, S] of tokens at `index_BQ` of the cache."""
+        ...
 
 
 class Branching(NamedTuple):

@@ -37,17 +37,14 @@ class ExportedStep:
             self._run = torch._inductor.aoti_load_package(str(path))
             said = self._run.get_metadata()
         except Exception as fault:
-            raise ValueError(f"path={str(path)!r} cannot be loaded: {str(fault).splitlines()[0]}") from fault
+            why = (str(fault).splitlines() or [type(fault).__name__])[0]
+            raise ValueError(f"path={str(path)!r} cannot be loaded: {why}") from fault
         if said.get("fastllama_step") != FORMAT:
             raise ValueError(f"path={str(path)!r} is no step that this version of fastllama.export wrote")
         names = ("batch_size", "cache_length", "vocab_size", "bucket", "prefill_chunk")
         self.batch_size, self.cache_length, self.vocab_size, self._bucket, self._chunk = (int(said[n]) for n in names)
-        device, dtype, size = (
-            torch.device(said["device"]),
-            getattr(torch, said["dtype"]),
-            json.loads(said["cache_shape"]),
-        )
-        layers = int(said["num_layers"])
+        size, layers = json.loads(said["cache_shape"]), int(said["num_layers"])
+        dtype, device = getattr(torch, said["dtype"]), torch.device(said["device"])
         nbytes = 2 * layers * torch.Size(size).numel() * dtype.itemsize
         require(nbytes, device, f"a cache of {self.batch_size} x {self.cache_length} positions")
         self._keys, self._values = (
@@ -73,12 +70,12 @@ class ExportedStep:
         for storage in (*self._keys, *self._values):
             storage.zero_()
         self.valid_past_index.zero_()
-        self._rows, self._used, logits_RV = rows, 0, None
+        self._rows, self._used = rows, 0
+        logits_RV = self._keys[0].new_zeros(rows, self.vocab_size)
         for tokens_RQ in prompt.tokens.split(self._chunk, dim=1):
             left_R = prompt.lengths - self._used
             here_RV = self._call(tokens_RQ, left_R.clamp(0, tokens_RQ.shape[1]))
-            reached = (left_R > 0)[:, None].to(here_RV.device)
-            logits_RV = here_RV if logits_RV is None else torch.where(reached, here_RV, logits_RV)
+            logits_RV = torch.where((left_R > 0)[:, None].to(here_RV.device), here_RV, logits_RV)
         return logits_RV
 
     @torch.no_grad()
@@ -103,6 +100,8 @@ class ExportedStep:
         ids_BQ = self._positions.new_zeros(self.batch_size, tokens)
         lengths_B = self._positions.new_zeros(self.batch_size)
         ids_BQ[:rows], lengths_B[:rows] = tokens_RQ, lengths_R
-        self._used += tokens
-        read = self._positions[: -(-self._used // self._bucket) * self._bucket]
-        return self._run(ids_BQ, lengths_B, self.valid_past_index, read, self._keys, self._values)[:rows]
+        used = self._used + tokens
+        read = self._positions[: -(-used // self._bucket) * self._bucket]
+        logits_BV = self._run(ids_BQ, lengths_B, self.valid_past_index, read, self._keys, self._values)
+        self._used = used
+        return logits_BV[:rows]

@@ -8,7 +8,6 @@ import json
 import os
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -39,20 +38,22 @@ def program(model: nn.Module, shape: CacheShape, config: FastConfig) -> StepProg
             "(merge_and_unload())"
         )
     rotary = RotaryTable(model.model.rotary_emb, shape.reserved_length, shape.dtype, shape.device)
-    return StepProgram(weights, rotary.cos_SD, rotary.sin_SD)
+    cos_1SD, sin_1SD = rotary.at(torch.arange(shape.reserved_length, device=shape.device)[None])
+    return StepProgram(weights, cos_1SD[0], sin_1SD[0])
 
 
 def trace(module: StepProgram, shape: CacheShape) -> torch.export.ExportedProgram:
     """One graph for 1 to cache_length tokens and as many positions."""
     size = (shape.batch_size, shape.num_kv_heads, shape.reserved_length, shape.head_dim)
-    place: dict[str, Any] = {"dtype": torch.int64, "device": shape.device}
-    row = torch.ones(shape.batch_size, **place)
+    row = torch.ones(shape.batch_size, dtype=torch.int64, device=shape.device)
     keys, values = (
         [torch.zeros(size, dtype=shape.dtype, device=shape.device) for _ in range(shape.num_layers)] for _ in range(2)
     )
-    tokens_BQ = torch.zeros(shape.batch_size, _EXAMPLE, **place)
+    tokens_BQ = row.new_zeros(shape.batch_size, _EXAMPLE)
     arguments = (tokens_BQ, row, row - 1, torch.arange(_EXAMPLE + 1, device=shape.device), keys, values)
-    tokens, read = (torch.export.Dim(name, min=1, max=shape.cache_length) for name in ("tokens", "read"))
+    # The storage is longer than the cache, so a cache shorter than the example may be called with its length too.
+    longest = max(shape.cache_length, _EXAMPLE + 1)
+    tokens, read = (torch.export.Dim(name, min=1, max=longest) for name in ("tokens", "read"))
     whole = [None] * shape.num_layers
     sizes = ({1: tokens}, None, None, {0: read}, whole, whole)
     return torch.export.export(module, arguments, dynamic_shapes=sizes, strict=False)

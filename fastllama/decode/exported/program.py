@@ -3,7 +3,7 @@
 Legend: B batch, Q query tokens, S cache positions read, E hidden size, K kv heads, D head dim, V vocabulary.
 """
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastllama.kernels.linear import Stock
 from fastllama.model.forward import step
-from fastllama.model.tree import Branching
 from fastllama.model.weights import Weights
 
 
@@ -64,7 +63,7 @@ class StepProgram(nn.Module):
         super().__init__()
         leaves, self._spec = tree_flatten((_for_any_rows(weights), cos_SD, sin_SD))
         self._leaves: list[tuple[bool, Any]] = []
-        names: dict[tuple, str] = {}
+        names: dict[tuple[int, torch.Size], str] = {}
         for leaf in leaves:
             if not isinstance(leaf, torch.Tensor):
                 self._leaves.append((False, leaf))
@@ -98,7 +97,6 @@ class StepProgram(nn.Module):
         last_B = (lengths - 1).clamp(min=0)
         weights = weights._replace(lm_head=_LastOnly(weights.lm_head, rows_B, last_B))
         how = (None, valid_past_index, rows_B[:, None], positions, input_ids, index_BQ)
-        seen = cast(Branching, _Causal())  # which has the one method of it that a step calls
-        logits_BV = step(weights, keys, values, *how, cos_SD[index_BQ], sin_SD[index_BQ], seen)
+        logits_BV = step(weights, keys, values, *how, cos_SD[index_BQ], sin_SD[index_BQ], _Causal())
         valid_past_index.add_(lengths - tokens)  # the step counted the padding too
         return logits_BV

@@ -69,10 +69,10 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
         if name != "--fast":
             rest.append(word)
             continue
-        value = value if equals else next(left, None)
-        if value is None:
+        given = value if equals else next(left, None)
+        if given is None:
             raise ValueError("--fast needs a value: NAME=VALUE,...")
-        words += value.split(",")
+        words += given.split(",")
     return words, rest
 
 
