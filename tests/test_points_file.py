@@ -6,6 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fastllama.lab import lines
 from fastllama.lab.points import points_file
 from fastllama.lab.points.sampler import Sampler
 from tests.fake_records import ENVIRONMENT, point
@@ -165,6 +166,6 @@ def test_a_line_that_another_process_is_writing_is_waited_for(tmp_path, monkeypa
             with open(path, "a") as other:
                 other.write(line[100:])
 
-    monkeypatch.setattr(points_file, "fcntl", Lock)
+    monkeypatch.setattr(lines, "fcntl", Lock)
     points_file.append(path, point(batch_size=2))
     assert [entry["batch_size"] for entry in points_file.read(path)] == [1, 2]
