@@ -19,6 +19,7 @@ A greedy loop on such a file, in a process that has torch and nothing else:
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils import logging
@@ -43,7 +44,7 @@ def export(
     batch_size: int = 1,
     cache_length: int | None = None,
     config: FastConfig | None = None,
-    **switches,
+    **switches: Any,
 ) -> Path:
     """Compiles the decode step ahead of time (torch.export, then AOTInductor) into `path`, a .pt2 file; returns it.
 

@@ -98,7 +98,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         return result
 
     @classmethod
-    def maybe_distribute_model(cls, model, distributed_config, mesh):
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh: Any) -> Any:
         """The parent's, for any number of kv heads: `from_pretrained` spreads a model over processes here."""
         return distribute(super().maybe_distribute_model, model, distributed_config, mesh)
 

@@ -108,11 +108,11 @@ def test_measured_products_stay_known(tmp_path, monkeypatch):
 
 def test_training_goes_on_from_its_last_state(tmp_path):
     torch = pytest.importorskip("torch")
-    from fastllama.demo import train
+    from fastllama.demo import steps
 
-    train.save_state(tmp_path / "target.pt", {"step": 1})
+    steps.save(tmp_path / "target.pt", {"step": 1})
     with room_for(1000), pytest.raises((OSError, RuntimeError)):
-        train.save_state(tmp_path / "target.pt", {"step": 2, "model": torch.zeros(5000)})
+        steps.save(tmp_path / "target.pt", {"step": 2, "model": torch.zeros(5000)})
     assert torch.load(tmp_path / "target.pt", weights_only=True) == {"step": 1}
     assert os.listdir(tmp_path) == ["target.pt"]
 

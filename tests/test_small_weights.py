@@ -114,7 +114,7 @@ def test_tokens_are_those_of_the_expanded_weights(weights, batch, decoding, tied
     assert torch.equal(generate(ours, prompt(batch), max_new_tokens=NEW, num_beams=1, **decoding), expected)
 
 
-CASES = [("static", "int8", "padded", True), ("static", "int4", "one", False), ("dynamic", "int4", "padded", False)]
+CASES = [("static", "int8", "padded", True), ("static", "int4", "one", False), ("dynamic", "int8", "padded", False)]
 
 
 @pytest.mark.parametrize(("compile", "weights", "batch", "tied"), CASES)

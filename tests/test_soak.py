@@ -10,7 +10,7 @@ from fastllama.lab import __main__
 from fastllama.lab.soak import command, file, works
 from fastllama.lab.soak import run as soaking
 
-FEW = {"on first use": None, "stock": {"products": "stock"}}
+FEW = {"on first use": None}
 
 
 def soak(tiny, path, *more) -> int:
@@ -48,7 +48,7 @@ def test_a_leak_is_found(tiny, tmp_path, monkeypatch, capsys):
     least, held, real = shorter(monkeypatch), [], fastllama.LlamaForCausalLM.generate
 
     def leaking(self, *args, **kwargs):
-        held.append(torch.ones(2**18))  # a megabyte
+        held.append(torch.ones(2**20))  # four megabytes
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr(fastllama.LlamaForCausalLM, "generate", leaking)
@@ -64,7 +64,7 @@ def test_a_wrong_text_is_found(tiny, tmp_path, monkeypatch, capsys):
     def wrong(self, *args, **kwargs):
         ids = real(self, *args, **kwargs)
         calls.append(ids)
-        return ids.clone().index_fill_(1, torch.tensor(ids.shape[1] - 1), 9) if len(calls) == 61 else ids
+        return ids.clone().index_fill_(1, torch.tensor(ids.shape[1] - 1), 9) if len(calls) == 41 else ids
 
     monkeypatch.setattr(fastllama.LlamaForCausalLM, "generate", wrong)
     assert soak(tiny, tmp_path / "soak.json", "--generations", least) == 1

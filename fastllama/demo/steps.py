@@ -35,7 +35,8 @@ def loss_of(model, ids: torch.Tensor, teacher=None) -> torch.Tensor:
     return F.cross_entropy(logits.float(), wanted.float().softmax(-1))
 
 
-def _save(path: Path, state: dict) -> None:
+def save(path: Path, state: dict) -> None:
+    """Writes what a later run goes on from; the file is whole, or what it was."""
     with whole(path) as unfinished:
         torch.save(state, unfinished)
 
@@ -86,7 +87,7 @@ def run(
             running = []
         if done % CHECKPOINT_EVERY == 0 or done in (plan.steps, stop_at):
             kept = {"plan": asdict(plan), "model": model.state_dict(), "step": done, "curve": curve}
-            _save(state_file, kept | {"optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+            save(state_file, kept | {"optimizers": [optimizer.state_dict() for optimizer in optimizers]})
         if done == stop_at:
             break
     model.eval()
