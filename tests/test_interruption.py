@@ -52,7 +52,7 @@ def assert_usable(models, expected, free: bool) -> None:
     assert sum(parameter.numel() for parameter in ours.parameters()) == sum(p.numel() for p in vanilla.parameters())
 
 
-def check(models, expected, work, most: int = 24, within: str = "") -> None:
+def check(models, expected, work, most: int = 16, within: str = "") -> None:
     """Cuts `work()` short at up to `most` lines, on one model after the other's accidents."""
     right, cut = work(), 0
     for number, lines in enumerate(spread(work, most, within)):
@@ -87,7 +87,7 @@ def test_preallocate_and_generate(models, expected, switches):
 
 def test_steps_alone(models, expected):
     models[1].preallocate(3, 32, compile="native")
-    check(models, expected, lambda: greedy(models[1], "padded"), most=40, within="decode/engine")
+    check(models, expected, lambda: greedy(models[1], "padded"), most=24, within="decode/engine")
     models[1].free()
 
 
@@ -99,7 +99,7 @@ def test_packing_and_unpacking(models, expected):
         models[1].lm_head.weight.sum()
         return greedy(models[1], "one")
 
-    check(models, expected, work, most=40, within="model/released")
+    check(models, expected, work, most=24, within="model/released")
     models[1].free()
 
 
@@ -141,7 +141,7 @@ def test_many_prompts(models, expected, compile):
 
 
 def test_the_parents_own_path(models, expected):
-    check(models, expected, lambda: greedy(models[1], "one", num_beams=2), most=16)
+    check(models, expected, lambda: greedy(models[1], "one", num_beams=2), most=12)
 
 
 @pytest.mark.parametrize("compile", ["no", "native"])
