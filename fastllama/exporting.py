@@ -95,7 +95,7 @@ def export(
         package.write(traced, path, package.metadata(shape, config, model.config.vocab_size))
 
     with torch.inference_mode(False), torch.no_grad():
-        model._alone("export", write)
+        model._engine.alone("export", write)
     return path
 
 

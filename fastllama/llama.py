@@ -29,19 +29,17 @@ from fastllama.decode.sampling.options import Sampling
 from fastllama.decode.support import model_obstacle
 from fastllama.decode.switches import switched
 from fastllama.decode.told import Told, telling, told
-from fastllama.decode.turn import if_free, in_turn, require_free
+from fastllama.decode.turn import if_free, in_turn
 from fastllama.model.config import FastConfig
 from fastllama.model.small_linear import held_format
 from fastllama.model.small_loading import known_to_transformers, quantised_by
 from fastllama.model.spreading import asked_plainly, distribute
 
 logger = logging.get_logger("fastllama")
-_UNFINISHED = "the last call did not finish"
-
+_UNFINISHED = "in progress, or cut short"
 
 _Method = TypeVar("_Method", bound=Callable)
 _Model = TypeVar("_Model", bound="LlamaForCausalLM")
-_Maybe = TypeVar("_Maybe", torch.Tensor, None)
 
 
 def _like(parents: Any) -> Callable[[_Method], _Method]:
@@ -73,7 +71,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         super().__init__(config)
         self._engine = Engine()
         self._companions = Companions()
-        self._path: str | None = "no call yet"
+        self._path = "no call yet"
         self._assisted: Assisted | None = None
 
     @classmethod
@@ -130,7 +128,9 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         cache_length = longest if cache_length is None else cache_length
         if memory is not None:
             config = within(self, batch_size, cache_length, config, memory)
-        nbytes = self._alone("preallocate", lambda: self._engine.preallocate(self, batch_size, cache_length, config))
+        nbytes = self._engine.alone(
+            "preallocate", lambda: self._engine.preallocate(self, batch_size, cache_length, config)
+        )
         if positions_used(config, cache_length) > longest:
             logger.warning(
                 f"cache_length {cache_length} is longer than max_position_embeddings {longest}: "
@@ -145,12 +145,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
             self._engine.free()
             self._companions.free()
 
-        self._alone("free", free)
-
-    def _alone(self, name: str, work):
-        """What `work()` returns, run when no other call uses the cache."""
-        refused = f"{name} cannot run"
-        return in_turn([self._engine.turn], lambda: require_free([self._engine.fast], work, refused), refused)
+        self._engine.alone("free", free)
 
     @property
     def valid_past_index(self) -> torch.Tensor | None:
@@ -160,7 +155,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
     @property
     def path(self) -> str:
         """Which path the last generation took."""
-        return self._path or "in progress"
+        return self._path
 
     @property
     def assisted(self) -> Assisted | None:
@@ -348,7 +343,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
             self._engine.forget_weights()
             return rebind()
 
-        return self._alone(name, run)
+        return self._engine.alone(name, run)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any

@@ -95,6 +95,26 @@ def test_one_process_goes_on_where_several_were_interrupted(prompts, expected, b
     assert "3 of them done before" in capsys.readouterr().out
 
 
+def test_another_number_of_processes_goes_on_where_some_were_interrupted(begun):
+    results = Results(*begun)
+    for number in range(3):
+        part = results.part(number)
+        part.add(number, {"text": f"of {number}"})
+        part.close()
+    results.close()
+    results = Results(*begun)
+    assert results.done == {0, 1, 2}
+    for number in range(2):
+        part = results.part(number)
+        part.add(5 + number, {"text": f"of {number} again"})
+        part.close()
+    results.take_in()
+    assert results.done == {0, 1, 2, 5, 6}
+    assert [json.loads(results.lines[index])["text"] for index in (2, 6)] == ["of 2", "of 1 again"]
+    results.close()
+    assert [path.name for path in begun[0].parent.iterdir()] == [results.partial.name]
+
+
 def test_what_another_run_s_process_left_is_refused(begun):
     results = Results(*begun)
     results.close()
@@ -192,7 +212,7 @@ def test_a_point_that_two_processes_measure_holds_them_and_their_memory(measured
     [
         ({"rank_mem_mb": [1.0]}, "field rank_mem_mb has 1 numbers and world_size is 2"),
         ({"rank_mem_mb": [1.0, 2.0]}, "but the largest of rank_mem_mb is 2.0"),
-        ({"rank_mem_mb": [1.0, "2"]}, "field rank_mem_mb is .* but must be a list of numbers"),
+        ({"rank_mem_mb": [1.0, "2"]}, "field rank_mem_mb is .* but must be a list of at least one number"),
         ({"world_size": 0}, "field world_size is 0 but must be a whole number above zero"),
     ],
 )

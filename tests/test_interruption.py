@@ -9,6 +9,7 @@ import fastllama
 from fastllama.decode import reservation, reserved, turn
 from fastllama.decode.told import Told, told
 from fastllama.model.forward import step
+from fastllama.model.small_linear import held_format
 from tests import tiny
 from tests.interruptions import interrupt, spread
 
@@ -34,7 +35,7 @@ def greedy(model, batch: str, **asked) -> torch.Tensor:
 
 
 def assert_usable(models, expected, free: bool) -> None:
-    """As if nothing had been cut short."""
+    """As if nothing had been cut short; `free` where a text must not come from the reservation that was."""
     vanilla, ours, draft = models
     for model in (ours, draft):
         assert not model._engine.turn.is_taken() and not model._engine.fast.is_taken()
@@ -52,7 +53,7 @@ def assert_usable(models, expected, free: bool) -> None:
     assert sum(parameter.numel() for parameter in ours.parameters()) == sum(p.numel() for p in vanilla.parameters())
 
 
-def check(models, expected, work, most: int = 16, within: str = "") -> None:
+def check(models, expected, work, most: int = 16, within: str = "", lossy: bool = False) -> None:
     """Cuts `work()` short at up to `most` lines, on one model after the other's accidents."""
     right, cut = work(), 0
     for number, lines in enumerate(spread(work, most, within)):
@@ -60,7 +61,7 @@ def check(models, expected, work, most: int = 16, within: str = "") -> None:
         cut += result is None
         if result is not None and right is not None:
             assert torch.equal(result, right), lines.where
-        assert_usable(models, expected, free=number % 3 == 0)
+        assert_usable(models, expected, free=lossy or number % 3 == 0)
     assert cut > most // 4
 
 
@@ -81,7 +82,7 @@ def test_preallocate_and_generate(models, expected, switches):
         models[1].preallocate(3, 32, **switches)
         return greedy(models[1], "padded")
 
-    check(models, expected if "cache_k" not in switches else {}, work)
+    check(models, expected, work, lossy="cache_k" in switches)
     models[1].free()
 
 
@@ -109,7 +110,7 @@ def test_a_warm_up(models, expected, monkeypatch):
 
     monkeypatch.setattr(reserved, "compiled_step", compiled)
     check(models, expected, lambda: models[1].preallocate(3, 32, compile="static") and None)
-    assert not models[1].path.startswith("preallocated,") or models[1].free() is None
+    models[1].free()
 
 
 @pytest.mark.parametrize("asked", [{}, {"p_split": 0.1, "draft_branches": 3}], ids=["draft", "tree"])
@@ -203,12 +204,11 @@ def test_loading_in_few_bits(tmp_path):
     tiny.pair()[0].save_pretrained(tmp_path)
     known = dict(AUTO_QUANTIZER_MAPPING)
 
-    def work():
-        fast = fastllama.FastConfig(weights="int8")
-        return fastllama.LlamaForCausalLM.from_pretrained(tmp_path, fast=fast) and None
+    def load():
+        return fastllama.LlamaForCausalLM.from_pretrained(tmp_path, fast=fastllama.FastConfig(weights="int8"))
 
-    for lines in spread(work, 12, "model/small_loading", event="call"):
+    for lines in spread(load, 12, "model/small_loading", event="call"):
         with contextlib.suppress(ValueError):  # transformers words what its reading threads raised
-            interrupt(lines, work)
+            interrupt(lines, load)
         assert known == AUTO_QUANTIZER_MAPPING
-    work()
+    assert held_format(load()) == "int8"

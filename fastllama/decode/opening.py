@@ -8,7 +8,9 @@ from fastllama.decode.support import call_obstacle, model_obstacle
 from fastllama.decode.told import told
 
 
-def opening(model: nn.Module, input_ids, logits_processor, generation_config, synced_gpus: bool, inputs: dict):
+def opening(
+    model: nn.Module, input_ids, logits_processor, generation_config, synced_gpus: bool, inputs: dict
+) -> str | None:
     """Why the parent's code must run this call; None when it need not. `inputs`: as forward takes them.
 
     Raises `ValueError` for what neither can do: a clock in several processes, options for another number of rows.

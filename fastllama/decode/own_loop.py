@@ -1,7 +1,5 @@
 """Prefill and steps for people who write their own loop, on the cache and the graphs that generate uses."""
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 
@@ -9,7 +7,6 @@ from fastllama.decode.ending import well_ended
 from fastllama.decode.engine import Engine
 from fastllama.decode.prompt import unpad
 from fastllama.decode.support import model_obstacle
-from fastllama.decode.turn import in_turn, require_free
 
 
 def prefill(model: nn.Module, engine: Engine, ids_BT: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:
@@ -25,7 +22,7 @@ def prefill(model: nn.Module, engine: Engine, ids_BT: torch.Tensor, mask_BT: tor
         engine.begin(ids_BT.shape[0])
         return engine.prefill(prompt).clone()
 
-    return _alone(engine, "prefill()", run)
+    return engine.alone("prefill()", lambda: well_ended(engine, run))
 
 
 def step(model: nn.Module, engine: Engine, ids_BQ: torch.Tensor) -> torch.Tensor:
@@ -44,12 +41,4 @@ def step(model: nn.Module, engine: Engine, ids_BQ: torch.Tensor) -> torch.Tensor
             engine.grow(model, ids_BQ.shape[1])
         return engine.step(ids_BQ).clone()
 
-    return _alone(engine, "step()", run)
-
-
-def _alone(engine: Engine, name: str, run: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """What `run()` returns, when no other call is using the cache."""
-    refused = f"{name} cannot run"
-    return in_turn(
-        [engine.turn], lambda: require_free([engine.fast], lambda: well_ended(engine, run), refused), refused
-    )
+    return engine.alone("step()", lambda: well_ended(engine, run))

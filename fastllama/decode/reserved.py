@@ -14,7 +14,7 @@ from fastllama.decode.cache_device import model_device
 from fastllama.decode.cache_device import words as device_words
 from fastllama.decode.context.choose import context_for
 from fastllama.decode.context.choose import words as context_words
-from fastllama.decode.turn import Turn
+from fastllama.decode.turn import Result, Turn, in_turn, require_free
 from fastllama.model.capture import CapturedStep
 from fastllama.model.compiled import Buckets, compiled_step
 from fastllama.model.config import FastConfig
@@ -52,6 +52,11 @@ class Reserved:
     def weights(self) -> Weights | None:
         """What the forward passes read."""
         return self.binding.weights
+
+    def alone(self, name: str, work: Callable[[], Result]) -> Result:
+        """What `work()` returns, run when no other call uses the cache. `ValueError`, by `name`, within such a call."""
+        refused = f"{name} cannot run"
+        return in_turn([self.turn], lambda: require_free([self.fast], work, refused), refused)
 
     def _reserve(self, model: nn.Module, shape: CacheShape, config: FastConfig) -> None:
         self.context = context_for(model, config, shape)

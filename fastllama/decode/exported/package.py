@@ -5,7 +5,6 @@ Legend: B batch, Q query tokens.
 
 import contextlib
 import json
-import os
 import warnings
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from fastllama.cache.budget import CacheShape
 from fastllama.decode.binding import chooser
 from fastllama.decode.chunks import automatic_chunk
 from fastllama.decode.exported.program import StepProgram
+from fastllama.kernels.whole_file import whole
 from fastllama.model.config import FastConfig
 from fastllama.model.released import Packing
 from fastllama.model.rotary import RotaryTable
@@ -81,16 +81,11 @@ def write(traced: torch.export.ExportedProgram, path: Path, said: dict[str, str]
 
     Source: torch._inductor.aoti_compile_and_package, https://docs.pytorch.org/docs/stable/torch.compiler_aot_inductor.html
     """
-    partial = path.with_name(f"{path.stem}.{os.getpid()}.partial.pt2")
-    try:
-        with _compiler_named(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning)  # torch's own, about torch's own
-            torch._inductor.aoti_compile_and_package(
-                traced, package_path=str(partial), inductor_configs={"aot_inductor.metadata": said}
-            )
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole(path) as partial, _compiler_named(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)  # torch's own, about torch's own
+        torch._inductor.aoti_compile_and_package(
+            traced, package_path=str(partial), inductor_configs={"aot_inductor.metadata": said}
+        )
 
 
 @contextlib.contextmanager

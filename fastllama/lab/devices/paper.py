@@ -170,8 +170,8 @@ def in_markdown(records: list[dict] | None = None, root=None) -> str:
     ]
     lines += [f"| {' | '.join(_cells(one, made[0], machine))} |" for one in made]
     source = (
-        f"Measured by nobody: {machine.read_gb_per_s:g} and {machine.link_gb_per_s:g} GB/s are an H100 SXM's data sheet "
-        f"(HBM3; NVLink in one direction), and {machine.latency_us:g} µs a message is assumed."
+        f"Measured by nobody: {machine.read_gb_per_s:g} and {machine.link_gb_per_s:g} GB/s are an H100 SXM's data "
+        f"sheet (HBM3; NVLink in one direction), and {machine.latency_us:g} µs a message is assumed."
     )
     return "\n".join(lines) + f"\n\n{limit(made, machine)}\n\n{source}\n"
 

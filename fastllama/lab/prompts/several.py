@@ -20,17 +20,7 @@ def run(
     lines, sha256 = prompts_file.read(prompts)
     point = many.plan(given, slots or SLOTS, new_tokens)
     asked = {"prompts": sha256, **many.settings(point)}
-    results = fault = None
-    if here.first:
-        try:
-            results = Results(out, asked, len(lines))
-        except (OSError, ValueError) as found:
-            fault = found
-    done, header, why = here.of_first(
-        (set(), {}, sentence(fault)) if fault is not None else (results and (results.done, results.header, None))
-    )
-    if why is not None:
-        raise fault if here.first else ValueError(why)
+    results, done, header = _opened(here, out, asked, len(lines))
     left = [line for line in lines if line.index not in done]
     try:
         if here.tensor_parallel:
@@ -44,6 +34,21 @@ def run(
         results.finish()
         say(many.summary(results, len(done), totals, out))
     return 0
+
+
+def _opened(here: World, out: Path, asked: dict, prompts: int) -> tuple[Results | None, set[int], dict]:
+    """The results (the first process's), which prompts are done, what was asked. All raise what the first one does."""
+    results = fault = None
+    if here.first:
+        try:
+            results = Results(out, asked, prompts)
+        except (OSError, ValueError) as found:
+            fault = found
+    why = here.of_first(None if fault is None else sentence(fault))
+    if why is not None:
+        raise fault or ValueError(why)
+    done, header = here.of_first(None if results is None else (results.done, results.header))
+    return results, done, header
 
 
 def _together(here: World, results: Results | None, left: list[Asked], point) -> str:

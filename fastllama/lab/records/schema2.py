@@ -119,15 +119,14 @@ _OPTIONAL: dict[str, Any] = {
     "score": or_null(object_),
     "not_scored": or_null(name),
     "predicted_mb": number,
+    "assisted": object_,
 }
-_OPTIONAL["assisted"] = object_
 # Of a point that `world_size` processes measured together: the peak of each, by number, of which max_mem_mb is the
 # largest.
 _OPTIONAL |= {
     "world_size": small_size,
-    "rank_mem_mb": lambda value: isinstance(value, list) and all(map(number, value)),
+    "rank_mem_mb": _NUMBERS,
 }
-_OPTIONAL["rank_mem_mb"].wanted = "a list of numbers"
 
 
 @wants("a string without a path")
