@@ -331,6 +331,6 @@ def test_a_draft_with_other_vocabulary_rows_comes_with_the_tokenizers():
 def test_words_of_a_sentence():
     assert str(Assistance()) == "unassisted"
     assert str(Assistance(prompt_lookup=4)) == "prompt lookup 4 adaptive"
-    assert str(Assistance(draft_weights="int4")) == "draft of the same model in int4 K 6 adaptive"
+    assert str(Assistance(draft_weights="int4")) == "draft of the same model in int4 K adaptive"
     found = {"speedup_end_to_end": 1.5, "acceptance": None, "tokens_per_target_forward": 1.0, "switched_off": 0}
     assert assisted.told({"assisted": found}).startswith("1.50 x unassisted end to end, nothing drafted, 1.00 tokens")

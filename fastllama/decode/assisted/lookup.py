@@ -24,8 +24,9 @@ class NGrams:
                 self._ends.setdefault(tuple(self.tokens[count - n :]), []).append(count)
             self.tokens.append(token)
 
-    def propose(self, most: int) -> list[int]:
-        """Up to `most` tokens that followed an earlier place; empty where the newest token is new.
+    def propose(self, most: int) -> tuple[list[int], int]:
+        """Up to `most` tokens that followed an earlier place, and for how many tokens the texts before it agree; none,
+        and 0, where the newest token is new.
 
         The longest n-gram wins, then the place whose text before it agrees longest, then the newest. A continuation
         that reaches the end of the text goes on with itself: what repeats is proposed as repeating.
@@ -35,10 +36,10 @@ class NGrams:
             ends = self._ends.get(tuple(tokens[count - n :]))
             if ends is None:
                 continue
-            best = max(reversed(ends[-_CANDIDATES:]), key=lambda end: self._agreement(end, n))
+            agreed, best = max((self._agreement(end, n), end) for end in ends[-_CANDIDATES:])
             period = count - best
-            return [tokens[best + place % period] for place in range(most)]
-        return []
+            return [tokens[best + place % period] for place in range(most)], agreed
+        return [], 0
 
     def _agreement(self, end: int, n: int) -> int:
         tokens, count = self.tokens, len(self.tokens)

@@ -128,7 +128,10 @@ class Call:
         most = self._most()
         start = self.draft_clock.mark()
         room = engine.room() - 1 if engine.explicit else None
-        proposal = self.proposer.propose(rows, most, room) if most > 0 else None
+        proposal = None
+        if most > 0:
+            weighing = self.schedule.weighing(sum(rows.unfinished)) if self.proposer.weighs else None
+            proposal = self.proposer.propose(rows, most, room, weighing)
         proposed = self.draft_clock.mark()
         begin = self.clock.mark()
         going, paths = list(rows.unfinished), None
@@ -191,7 +194,8 @@ class Call:
     def _most(self) -> int:
         """Tokens to propose in this round: as scheduled, as far as they may be written and there is room for them."""
         # A tree never is one call of the native step, so nothing is gained by what fits one.
-        most = self.schedule.next(None if self.proposer.mode == "tree" else self.engine.widest())
+        widest = None if self.proposer.mode == "tree" else self.engine.widest()
+        most = self.schedule.next(widest, self.proposer.weighs)
         left = self.rows.left()
         if left is not None:
             most = min(most, left - 1)

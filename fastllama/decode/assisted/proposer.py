@@ -5,6 +5,7 @@ Legend: B rows, K proposed tokens, V vocabulary.
 
 from typing import NamedTuple
 
+import numpy
 import torch
 from torch import nn
 
@@ -12,6 +13,7 @@ from fastllama.decode.assisted.accept import draw
 from fastllama.decode.assisted.lookup import NGrams
 from fastllama.decode.assisted.processing import Processing
 from fastllama.decode.assisted.rows import Rows
+from fastllama.decode.assisted.schedule import Weighing
 from fastllama.decode.assisted.tree import Tree
 from fastllama.decode.engine import Engine
 from fastllama.decode.prompt import Prompt
@@ -19,6 +21,7 @@ from fastllama.decode.stop import StopCheck
 
 _LAG_ON_GPU = 2  # draft steps in flight behind the question whether drafting still makes sense
 USUALLY_BEHIND = 2  # tokens: the newest, and the last proposal where all stood
+_AGREEING = 3  # before anything is learnt: what fits small models of one family
 _CATCH_UP = 256  # tokens that a draft which was paused takes in at a time
 
 
@@ -45,6 +48,7 @@ class LookupProposer:
     """What followed the newest n-gram of up to `longest` tokens where it stood before."""
 
     mode = "lookup"
+    weighs = True  # says how sure it is of each token
 
     def __init__(self, prompt: Prompt, longest: int):
         rows = zip(prompt.tokens.tolist(), prompt.lengths.tolist(), strict=True)
@@ -59,16 +63,25 @@ class LookupProposer:
     def settle(self, added: list[int], paths: list[list[int]] | None = None) -> None:
         """The text says all."""
 
-    def propose(self, rows: Rows, most: int, room: int | None = None) -> Proposal | None:
-        """Up to `most` tokens a row, on the CPU; None where no row finds any."""
-        found = []
+    def propose(
+        self, rows: Rows, most: int, room: int | None = None, weighing: Weighing | None = None
+    ) -> Proposal | None:
+        """Up to `most` tokens a row, on the CPU, as many as pay by `weighing`; None where no row finds any."""
+        found, guesses = [], []
         for row, text in enumerate(self.texts):
             new = rows.lengths[row] - rows.padding[row] - len(text.tokens)
             text.extend(rows.ids[row, rows.lengths[row] - new : rows.lengths[row]].tolist())
-            found.append(text.propose(most) if rows.unfinished[row] else [])
+            tokens, agreed = text.propose(most) if rows.unfinished[row] else ([], 0)
+            found.append(tokens)
+            if rows.unfinished[row]:
+                # Laplace's rule, for a text that has agreed with an earlier place for so many tokens.
+                guesses.append(agreed / (agreed + 2))
         longest = max(map(len, found))
         if longest == 0:
             return None
+        if weighing is not None:
+            longest = next((count for count in range(longest) if not weighing.worth_verifying(guesses)), longest)
+            found = [tokens[:longest] for tokens in found]
         ids = torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens in found])
         return Proposal(ids, None, [len(tokens) for tokens in found], 0)
 
@@ -99,6 +112,11 @@ class DraftProposer:
         self._fed = 0  # proposals of the last round that are in the cache too
 
     @property
+    def weighs(self) -> bool:
+        """Whether it says how sure it is of each token: not where the host would have to wait for that."""
+        return self.model.device.type == "cpu"
+
+    @property
     def device(self) -> torch.device:
         return self.engine.cache.shape.device
 
@@ -118,25 +136,30 @@ class DraftProposer:
         """How many tokens its cache has room for; None where the cache can grow."""
         return self.engine.cache.shape.cache_length - max(rows.real()) + 1 if self.engine.explicit else None
 
-    def propose(self, rows: Rows, most: int, room: int | None = None) -> Proposal:
-        """Up to `most` tokens a row, on the draft's device."""
+    def propose(self, rows: Rows, most: int, room: int | None = None, weighing: Weighing | None = None) -> Proposal:
+        """Up to `most` tokens a row, on the draft's device, as many as pay by `weighing`."""
         logits_BV, forwards, behind = self._caught_up(rows, most)
         tokens: list[torch.Tensor] = []
-        probabilities, doubt = [], _Doubt(rows, self.device)
+        probabilities, doubt, fed = [], _Doubt(rows, self.device), 0
         while True:
-            token_B, sure_B, q_BV = self._chosen(rows, tokens, logits_BV)
+            q_BV = self._drawn_from(rows, tokens, logits_BV)
+            if weighing is not None and not weighing.worth_verifying(self._guesses(rows, logits_BV, q_BV)):
+                break
+            token_B, sure_B = self._chosen(logits_BV, q_BV)
             tokens.append(token_B)
             if q_BV is not None:
                 probabilities.append(q_BV)
             if len(tokens) == most or doubt.everywhere(token_B, sure_B):
                 break
+            if weighing is not None and not weighing.worth_drafting():
+                break
             logits_BV = self.engine.step(token_B[:, None])[:, -1]
-            forwards += 1
-        self.held, self._fed = rows.real(), len(tokens) - 1
+            fed += 1
+        self.held, self._fed = rows.real(), fed
         ids = torch.stack(tokens, 1)
         meant = [len(tokens) if going else 0 for going in rows.unfinished]
         q_BKV = torch.stack(probabilities, 1) if probabilities else None
-        return Proposal(ids, q_BKV, meant, forwards, caught_up=behind > USUALLY_BEHIND)
+        return Proposal(ids, q_BKV, meant, forwards + fed, caught_up=behind > USUALLY_BEHIND)
 
     def settle(self, added: list[int], paths: list[list[int]] | None = None) -> None:
         """After the target has spoken and each row has grown by `added`: what was fed and stands is held."""
@@ -160,27 +183,48 @@ class DraftProposer:
             forwards += 1
         return logits_BV, forwards, behind
 
-    def _chosen(self, rows: Rows, before: list[torch.Tensor], logits_BV: torch.Tensor):
-        """The next token [B], whether its probability reaches the threshold [B] or None, and what it was drawn from."""
+    def _drawn_from(self, rows: Rows, before: list[torch.Tensor], logits_BV: torch.Tensor) -> torch.Tensor | None:
+        """The probabilities [B, V] that the next token is drawn from; None where it is the likeliest."""
+        if self.processing is None:
+            return None
         if self.vocabulary is not None:
             logits_BV = logits_BV[:, : self.vocabulary]
-        if self.processing is not None:
-            if self.vocabulary is not None:
-                missing = self.vocabulary - logits_BV.shape[1]
-                logits_BV = torch.nn.functional.pad(logits_BV, (0, missing), value=float("-inf"))
-            q_BV = self.processing.drafted(rows, before, logits_BV).softmax(-1)
+            missing = self.vocabulary - logits_BV.shape[1]
+            logits_BV = torch.nn.functional.pad(logits_BV, (0, missing), value=float("-inf"))
+        return self.processing.drafted(rows, before, logits_BV).softmax(-1)
+
+    def _guesses(self, rows: Rows, logits_BV: torch.Tensor, q_BV: torch.Tensor | None) -> list[float]:
+        """How likely the next token of each row that goes on is the target's too."""
+        if q_BV is not None:
+            largest = q_BV.amax(-1).tolist()
+        else:
+            scores = logits_BV[:, : self.vocabulary].float().numpy()
+            with numpy.errstate(invalid="ignore"):  # a draft may compute what is no number
+                largest = (1 / numpy.exp(scores - scores.max(-1, keepdims=True)).sum(-1)).tolist()
+        # Two models agree on the likeliest token more often than either gives it as its probability.
+        return [
+            1 - (1 - p) ** _AGREEING if p > 0 else 0.0
+            for p, going in zip(largest, rows.unfinished, strict=True)
+            if going
+        ]
+
+    def _chosen(self, logits_BV: torch.Tensor, q_BV: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The next token [B], and whether its probability reaches the threshold [B] or None."""
+        if q_BV is not None:
             token_B = draw(q_BV)
             sure_B = q_BV.gather(1, token_B[:, None])[:, 0] >= self.threshold if self.threshold else None
-            return token_B, sure_B, q_BV
+            return token_B, sure_B
+        if self.vocabulary is not None:
+            logits_BV = logits_BV[:, : self.vocabulary]
         if logits_BV.device.type == "cpu":
             token_B = torch.from_numpy(logits_BV.float().numpy().argmax(-1))
         else:
             token_B = logits_BV.argmax(-1)
         if not self.threshold:
-            return token_B, None, None
+            return token_B, None
         largest_B1 = logits_BV.gather(1, token_B[:, None]).float()
         sure_B = (logits_BV.float() - largest_B1).exp().sum(-1) <= 1 / self.threshold
-        return token_B, sure_B, None
+        return token_B, sure_B
 
 
 class _Doubt:

@@ -2,6 +2,8 @@
 
 from collections import deque
 
+from fastllama.decode.assisted.chances import Chances
+
 SCHEDULES = ("constant", "heuristic", "heuristic_transient", "adaptive")
 _MEMORY = 7  # timings of each width whose median counts, the lower one of two: what disturbs only adds
 _FORGET = 0.9  # of the evidence on acceptance, kept from round to round
@@ -10,6 +12,7 @@ _FIRST_ROUNDS = 3  # before the first verdict, and before one after each pause
 _AFTER_PAUSE = 0.25  # of the evidence on acceptance, kept over a pause: the text may have changed
 _PROVEN_ROUNDS = 6  # without a pause, after which the next pause is short again
 _FIRST_PAUSE, _LONGEST_PAUSE = 16, 256  # steps without assistance
+_LEAST_CHANCE = 0.05  # that all proposals up to one stand: below, none is worth a place, however cheap a place looks
 
 
 class Constant:
@@ -20,9 +23,16 @@ class Constant:
     def __init__(self, tokens: int):
         self.tokens = tokens
 
-    def next(self, widest: int | None = None) -> int:
-        """Tokens to propose; 0 is a step without assistance. `widest`: tokens that one fast step takes, if known."""
+    def next(self, widest: int | None = None, weighed: bool = False) -> int:
+        """Tokens to propose; 0 is a step without assistance. `widest`: tokens that one fast step takes, if known.
+
+        `weighed`: the proposer says of each token how sure it is, to the `weighing` of this round.
+        """
         return self.tokens
+
+    def weighing(self, rows: int) -> "Weighing | None":
+        """What ends a round whose next token would not pay, for so many rows; None where nothing does."""
+        return None
 
     def record(self, width: int, target_s: float, drafts: int, draft_s: float, accepted: list[tuple[int, int]]) -> None:
         """A round: the target's step over `width` tokens, the draft's `drafts` steps, (accepted, proposed) a row.
@@ -47,10 +57,11 @@ def expected_tokens(acceptance: float, tokens: int) -> float:
 
 
 class Adaptive:
-    """The number that writes most tokens a second, by the acceptance lately and the costs measured.
+    """The number that writes most tokens a second, by the chances lately and the costs measured.
 
-    Where even the best is expected to be slower than plain steps, it pauses, each time twice as long, and then tries
-    again. Nothing is timed here: costs come in through `record`. `most` is the most it proposes.
+    A proposer that says how sure it is of each token is weighed token by token; of any other the best number is sought
+    for the acceptance of all. Where assistance is slower than plain steps, it pauses, each time twice as long, and then
+    tries again. Nothing is timed here: costs come in through `record`. `most` is the most it proposes.
     """
 
     def __init__(self, most: int):
@@ -60,11 +71,19 @@ class Adaptive:
         self.draft_s: deque[float] = deque(maxlen=_MEMORY)
         self.step_s: dict[int, deque[float]] = {}
         self.pause, self.pause_left, self.rounds = _FIRST_PAUSE, 0, 0
+        self.chances = Chances()
+        self.written, self.spent = 0.0, 0.0  # tokens a row and seconds of the weighed rounds, the newest count most
+        self.current: Weighing | None = None
 
     @property
     def acceptance(self) -> float:
         """Of one proposed token after others that stood."""
         return self.hits / self.trials
+
+    @property
+    def drafting_s(self) -> float:
+        """Seconds of a draft's step; 0 as long as they are unknown."""
+        return _median(self.draft_s) if self.draft_s else 0.0
 
     def cost(self, width: int) -> float:
         """Seconds of a step over `width` tokens: measured, or on the line through its measured neighbours."""
@@ -80,43 +99,109 @@ class Adaptive:
         slope = max(at_high - at_low, 0.0) / (high - low)
         return max(at_low + slope * (width - low), 0.25 * at_low)
 
+    def further(self, width: int) -> float:
+        """Seconds that each token beyond `width` takes in a wider step, in the best of those that are known."""
+        here = self.cost(width)
+        wider = [each for each in self.step_s if each > width] or [width + 1]
+        return max(min((self.cost(each) - here) / (each - width) for each in wider), 0.0)
+
+    def pace(self) -> float:
+        """Tokens a second of a row: of weighed rounds, or of plain steps where those are faster."""
+        plain = 1 / self.cost(1)
+        return max(self.written / self.spent, plain) if self.spent else plain
+
     def speed(self, tokens: int) -> float:
         """Expected speed with `tokens` proposals, over that of plain steps."""
-        draft_s = tokens * _median(self.draft_s) if self.draft_s else 0.0
-        seconds = draft_s + self.cost(tokens + 1)
+        seconds = tokens * self.drafting_s + self.cost(tokens + 1)
         return expected_tokens(self.acceptance, tokens) * self.cost(1) / seconds
 
-    def next(self, widest: int | None = None) -> int:
-        """As `Constant.next`."""
+    def next(self, widest: int | None = None, weighed: bool = False) -> int:
+        """As `Constant.next`; the most of a round that is weighed."""
+        self.current = None
         most = self.most if widest is None else min(self.most, widest - 1)
         if 1 not in self.step_s or most < 1:  # what a plain step costs is what all is compared with
             return 0
         if self.pause_left:
             self.pause_left -= 1
             return 0
-        best = max(range(1, most + 1), key=self.speed)
-        if self.rounds >= _FIRST_ROUNDS and self.speed(best) < 1.0:
+        best = most if weighed else max(range(1, most + 1), key=self.speed)
+        if self.rounds >= _FIRST_ROUNDS and self._loses(best, weighed):
             self.switched_off += 1
             self.pause_left, self.rounds = self.pause, 0
             self.hits, self.trials = self.hits * _AFTER_PAUSE, self.trials * _AFTER_PAUSE
+            self.written, self.spent = self.written * _AFTER_PAUSE, self.spent * _AFTER_PAUSE
             self.pause = min(2 * self.pause, _LONGEST_PAUSE)
             return 0
         if self.rounds >= _PROVEN_ROUNDS:
             self.pause = _FIRST_PAUSE
         return best
 
+    def _loses(self, tokens: int, weighed: bool) -> bool:
+        if weighed and self.spent:
+            return self.written * self.cost(1) < self.spent
+        return self.speed(tokens) < 1.0
+
+    def weighing(self, rows: int) -> "Weighing":
+        """As `Constant.weighing`: for the round that comes next."""
+        self.current = Weighing(self, rows)
+        return self.current
+
     def record(self, width: int, target_s: float, drafts: int, draft_s: float, accepted: list[tuple[int, int]]) -> None:
         """As `Constant.record`."""
         self.step_s.setdefault(width, deque(maxlen=_MEMORY)).append(target_s)
         if drafts:
             self.draft_s.append(draft_s / drafts)
-        accepted = [(stood, proposed) for stood, proposed in accepted if proposed]
-        if not accepted:
+        proposed = [(stood, proposed) for stood, proposed in accepted if proposed]
+        if not proposed:
             return
         self.rounds += 1
         self.hits, self.trials = self.hits * _FORGET, self.trials * _FORGET
-        self.hits += sum(stood for stood, _ in accepted)
-        self.trials += sum(min(stood + 1, proposed) for stood, proposed in accepted)
+        self.hits += sum(stood for stood, _ in proposed)
+        self.trials += sum(min(stood + 1, most) for stood, most in proposed)
+        if self.current is not None:
+            self.written = _FORGET * self.written + 1 + sum(stood for stood, _ in accepted) / len(accepted)
+            # By the usual costs, so that one disturbed step changes no verdict.
+            self.spent = _FORGET * self.spent + self.cost(width) + drafts * self.drafting_s
+            self.current.judged(accepted)
+
+
+class Weighing:
+    """The proposals of one round while they are being made: whether one more is worth its time.
+
+    It looks at how sure the proposer is before a token is drawn, never at the token: a choice by the token would change
+    the distribution of what is drawn.
+    """
+
+    def __init__(self, schedule: Adaptive, rows: int):
+        self.schedule = schedule
+        self.guesses: list[list[float]] = [[] for _ in range(rows)]
+        self.stand = [1.0] * rows  # the chance that all so far stand
+        self.pace = schedule.pace()
+
+    def worth_drafting(self) -> bool:
+        """Whether it pays to ask the proposer for another token."""
+        usual = self.schedule.acceptance * sum(self.stand) / len(self.stand)
+        return usual >= self.pace * (self.schedule.drafting_s + self.schedule.further(1 + len(self.guesses[0])))
+
+    def worth_verifying(self, guesses: list[float]) -> bool:
+        """Whether the next token, of which the proposer is so sure in each row, belongs in the target's step.
+
+        The first of a round always does: it is there by then.
+        """
+        chances = self.schedule.chances
+        stand = [before * chances.of(guess) for before, guess in zip(self.stand, guesses, strict=True)]
+        mean, width = sum(stand) / len(stand), 1 + len(self.guesses[0])
+        if width > 1 and (mean < _LEAST_CHANCE or mean < self.pace * self.schedule.further(width)):
+            return False
+        self.stand = stand
+        for known, guess in zip(self.guesses, guesses, strict=True):
+            known.append(guess)
+        return True
+
+    def judged(self, accepted: list[tuple[int, int]]) -> None:
+        """(accepted, proposed) of each row."""
+        for guesses, (stood, proposed) in zip(self.guesses, accepted, strict=True):
+            self.schedule.chances.learn(guesses[:proposed], stood)
 
 
 def _median(values: deque[float]) -> float:

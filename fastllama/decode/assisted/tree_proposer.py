@@ -10,6 +10,7 @@ import torch
 
 from fastllama.decode.assisted.proposer import USUALLY_BEHIND, DraftProposer, Proposal
 from fastllama.decode.assisted.rows import Rows
+from fastllama.decode.assisted.schedule import Weighing
 from fastllama.decode.assisted.tree import Tree, drafted
 
 
@@ -20,6 +21,7 @@ class TreeProposer(DraftProposer):
     """
 
     mode = "tree"
+    weighs = False  # p_split says what becomes of an unsure token
 
     def __init__(self, *how, p_split: float, branches: int):
         super().__init__(*how)
@@ -30,8 +32,11 @@ class TreeProposer(DraftProposer):
         rooms = [most * self.branches, room, super().most(rows)]
         return min(each for each in rooms if each is not None)
 
-    def propose(self, rows: Rows, most: int, room: int | None = None) -> Proposal:
-        """As `DraftProposer.propose`; a tree of at most `room` tokens, or a plain proposal where no branch split."""
+    def propose(self, rows: Rows, most: int, room: int | None = None, weighing: Weighing | None = None) -> Proposal:
+        """As `DraftProposer.propose`; a tree of at most `room` tokens, or a plain proposal where no branch split.
+
+        It weighs nothing.
+        """
         budget = max(self.nodes(rows, most, room), 1)
         most = min(most, budget)
         logits_BV, forwards, behind = self._caught_up(rows, budget)

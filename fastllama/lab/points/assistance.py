@@ -9,6 +9,7 @@ from fastllama.model.config import FastConfig
 
 SCHEDULES = ("constant", "heuristic", "adaptive")
 DRAFT_TOKENS = 6  # where nobody says, as the seed had it
+MOST_TOKENS = 12  # where nobody says and each token is weighed
 # What prompt lookup has no use for. These came later than the other options: a record holds what was given of them.
 LATER = ("p_split", "draft_branches", "draft_device")
 _WEIGHTS = FastConfig.__dataclass_fields__["weights"].metadata["allowed"]
@@ -32,7 +33,9 @@ class Assistance:
         None, "up to so many tokens are drafted from where the context has the last ones", "None or an integer >= 1"
     )
     draft_tokens: int | None = _option(
-        None, f"tokens that are drafted at a time, at first if they adapt ({DRAFT_TOKENS})", "None or an integer >= 1"
+        None,
+        f"tokens that are drafted at a time ({DRAFT_TOKENS}), at most if they adapt ({MOST_TOKENS})",
+        "None or an integer >= 1",
     )
     draft_schedule: str = _option(
         "adaptive", "how the number of drafted tokens follows what is accepted", ", ".join(SCHEDULES)
@@ -89,8 +92,9 @@ class Assistance:
 
     @property
     def tokens(self) -> int:
-        """How many tokens are drafted at a time, at first."""
-        return self.prompt_lookup or self.draft_tokens or DRAFT_TOKENS
+        """How many tokens are drafted at a time, at most or at first where that follows what is accepted."""
+        weighed = self.draft_schedule == "adaptive" and not self.splits
+        return self.prompt_lookup or self.draft_tokens or (MOST_TOKENS if weighed else DRAFT_TOKENS)
 
     @property
     def splits(self) -> bool:
@@ -154,7 +158,9 @@ class Assistance:
             head = f"draft {self.draft or 'of the same model'}"
             head += f" in {self.draft_weights}" if self.draft_weights is not None else ""
             head += f" on {self.draft_device}" if self.draft_device is not None else ""
-            head += f" K {self.tokens}"
+            # What adapts has had other limits where nobody gave one.
+            named = self.draft_tokens is not None or self.draft_schedule != "adaptive"
+            head += f" K {self.tokens}" if named else " K"
             if self.splits:
                 head += f", {self.branches} branches above {DEFAULT_SPLIT if self.p_split is None else self.p_split:g},"
         return f"{head} {self.draft_schedule}"

@@ -1,0 +1,312 @@
+"""How many tokens are proposed: by schedule, by how sure the proposer is, and never at the text's expense."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from fastllama.decode.assisted import proposer
+from fastllama.decode.assisted.chances import Chances
+from fastllama.decode.assisted.schedule import Adaptive, Constant, Heuristic, Weighing, expected_tokens
+from tests.test_assisted_generate import noisy
+from tests.tiny import GREEDY, SAMPLED, generate, pair, prompt
+
+NEW = 24
+
+
+def round_of(schedule, tokens: int, stood: int, step_s=1.0, draft_s=0.0):
+    """Records a round whose step costs `step_s` and a tenth of it for each token more."""
+    schedule.record(tokens + 1, step_s * (1 + 0.1 * tokens), tokens, draft_s * tokens, [(stood, tokens)])
+
+
+def test_constant_and_heuristic():
+    constant, heuristic = Constant(5), Heuristic(5)
+    for stood, expected in ((5, 7), (7, 9), (3, 8), (0, 7)):
+        round_of(constant, 5, stood)
+        round_of(heuristic, heuristic.next(), stood)
+        assert (constant.next(), heuristic.next()) == (5, expected)
+    low = Heuristic(1)
+    round_of(low, 1, 0)
+    assert low.next() == 1
+    low.record(1, 1.0, 0, 0.0, [])  # nothing was proposed
+    assert low.next() == 1
+
+
+def test_expected_tokens():
+    assert expected_tokens(1.0, 4) == 5
+    assert expected_tokens(0.0, 4) == 1
+    assert expected_tokens(0.5, 2) == 1.75
+
+
+def drive(schedule, rounds: int, acceptance: float, draft_s: float, widest=None) -> list[int]:
+    """What it proposes over some rounds in which each token stands with `acceptance`."""
+    generator, proposed = torch.Generator().manual_seed(0), []
+    for _ in range(rounds):
+        tokens = schedule.next(widest)
+        stands = torch.rand(max(tokens, 1), generator=generator) < acceptance
+        stood = int(stands.long().cumprod(0).sum()) if tokens else 0
+        proposed.append(tokens)
+        if tokens:
+            round_of(schedule, tokens, stood, draft_s=draft_s)
+        else:
+            schedule.record(1, 1.0, 0, 0.0, [])
+    return proposed
+
+
+def test_adaptive_measures_a_plain_step_first_and_grows_with_acceptance():
+    high, low = Adaptive(12), Adaptive(12)
+    many, few = drive(high, 60, 0.95, 0.02), drive(low, 60, 0.4, 0.02)
+    assert many[0] == few[0] == 0
+    assert min(many[-20:]) > max(few[-20:])
+    assert high.switched_off == 0
+    assert max(many) <= 12
+    assert max(drive(Adaptive(12), 40, 0.95, 0.02, widest=5)) == 4
+
+
+def test_adaptive_switches_off_where_it_does_not_pay_and_tries_ever_less():
+    schedule = Adaptive(8)
+    proposed = drive(schedule, 600, 0.05, 0.3)
+    assert schedule.switched_off >= 3
+    assert sum(tokens > 0 for tokens in proposed) < 40
+    tries = [place for place, tokens in enumerate(proposed) if tokens]
+    gaps = [after - before for before, after in itertools.pairwise(tries) if after - before > 2]
+    assert gaps == sorted(gaps)
+    assert gaps[0] < gaps[-1]
+
+
+def test_adaptive_comes_back_when_the_text_is_easier():
+    schedule = Adaptive(8)
+    drive(schedule, 100, 0.0, 0.1)
+    assert schedule.switched_off
+    later = drive(schedule, 200, 0.95, 0.02)
+    assert min(later[-50:]) >= 4
+
+
+def test_one_disturbed_timing_changes_no_verdict():
+    schedule = Adaptive(4)
+    drive(schedule, 10, 0.9, 0.02)
+    round_of(schedule, 4, 4, step_s=50.0, draft_s=5.0)
+    assert schedule.next() > 0
+
+
+# weighing
+
+
+def test_chances_begin_with_the_guess_and_follow_what_happens():
+    chances = Chances()
+    assert chances.of(0.3) == pytest.approx(0.3)
+    for _ in range(60):
+        chances.learn([0.35, 0.95], 1)  # the first stands, the second does not
+    assert chances.of(0.35) > 0.9 and chances.of(0.95) < 0.1
+    assert chances.of(0.65) == pytest.approx(0.65)
+    before = chances.of(0.15)
+    chances.learn([0.35, 0.95, 0.15], 0)  # nobody knows what the third would have been
+    assert chances.of(0.15) == before
+
+
+@pytest.mark.parametrize("guess", [0.0, 0.1, 0.9999, 1.0])
+def test_every_guess_has_a_chance(guess):
+    chances = Chances()
+    chances.learn([guess], 0)
+    assert 0 <= chances.of(guess) <= guess
+
+
+def known(most: int = 12, draft_s: float = 0.0, step_s=lambda width: 0.9 + 0.1 * width) -> Adaptive:
+    """A schedule that knows what steps of every width cost, and so far has written a token for each second."""
+    schedule = Adaptive(most)
+    for width in range(1, most + 2):
+        schedule.record(width, step_s(width), 0, 0.0, [])
+    if draft_s:
+        schedule.record(2, step_s(2), 1, draft_s, [])
+    return schedule
+
+
+def proposed(schedule, guesses, rows: int = 1) -> int:
+    """Tokens of a round in which the proposer is as sure as `guesses` say, of one row's tokens after the other."""
+    most, count = schedule.next(weighed=True), 0
+    weighing = schedule.weighing(rows)
+    for guess in itertools.islice(guesses, most):
+        if not weighing.worth_verifying([guess] * rows):
+            break
+        count += 1
+        if not weighing.worth_drafting():
+            break
+    return count
+
+
+def test_a_round_ends_where_the_proposer_becomes_unsure():
+    assert proposed(known(), itertools.repeat(1.0)) == 12
+    assert proposed(known(), [1.0, 0.9, 0.9, 0.01, 1.0]) == 3
+    assert proposed(known(), [0.0, 1.0]) == 1  # the first was drafted anyhow
+    assert proposed(known(most=3), itertools.repeat(1.0)) == 3
+
+
+def test_what_costs_more_must_be_surer():
+    cheap, dear = known(), known(step_s=lambda width: 0.5 * width + 0.5)
+    guesses = [0.9, 0.8, 0.7, 0.6, 0.5, 0.4]
+    assert proposed(dear, guesses) < proposed(cheap, guesses)
+    assert proposed(known(draft_s=0.6), itertools.repeat(0.8)) < proposed(known(draft_s=0.01), itertools.repeat(0.8))
+
+
+def test_a_step_that_looks_free_does_not_let_hopeless_tokens_in():
+    free = known(step_s=lambda width: 1.0)
+    assert proposed(free, [0.5] * 12) == 4
+
+
+def test_rows_are_weighed_together():
+    schedule = known()
+    assert schedule.next(weighed=True) == 12
+    weighing = schedule.weighing(2)
+    assert weighing.worth_verifying([1.0, 0.5])
+    assert weighing.worth_verifying([1.0, 1.0])
+    assert weighing.stand == [1.0, 0.5]
+    assert not weighing.worth_verifying([0.05, 0.05])
+    schedule.record(3, 1.2, 0, 0.0, [(2, 2), (0, 2)])
+    assert schedule.written == pytest.approx(2.0)  # tokens a row: one is the target's own
+    assert schedule.chances.of(0.5) < 0.5 and schedule.chances.of(1.0) == 1.0
+
+
+def drive_weighed(schedule, rounds: int, stands: float, guess: float, draft_s: float) -> list[int]:
+    generator, counts = torch.Generator().manual_seed(0), []
+    for _ in range(rounds):
+        most = schedule.next(weighed=True)
+        count = 0
+        if most:
+            weighing = schedule.weighing(1)
+            while count < most and weighing.worth_verifying([guess]):
+                count += 1
+                if not weighing.worth_drafting():
+                    break
+        counts.append(count)
+        right = torch.rand(max(count, 1), generator=generator) < stands
+        judged = [(int(right.long().cumprod(0).sum()), count)] if count else []
+        schedule.record(count + 1, 1 + 0.1 * count, count, draft_s * count, judged)
+    return counts
+
+
+def test_a_proposer_that_is_wrong_is_found_out_and_switched_off():
+    schedule = Adaptive(8)
+    counts = drive_weighed(schedule, 400, 0.02, guess=0.9, draft_s=0.3)
+    assert counts[0] == 0 and max(counts) > 1  # a plain step is timed first
+    assert schedule.switched_off >= 3
+    assert sum(count > 0 for count in counts) < 40
+    back = drive_weighed(schedule, 300, 0.98, guess=0.9, draft_s=0.02)
+    assert min(back[-50:]) >= 4
+
+
+def test_a_proposer_that_is_too_modest_is_found_out_too():
+    schedule = Adaptive(8)
+    counts = drive_weighed(schedule, 80, 0.99, guess=0.15, draft_s=0.02)
+    assert max(counts[:3]) <= 2 and min(counts[-20:]) >= 5
+    assert schedule.switched_off == 0
+
+
+def test_one_disturbed_step_changes_no_weighed_verdict():
+    schedule = Adaptive(4)
+    drive_weighed(schedule, 10, 0.95, guess=0.9, draft_s=0.02)
+    width = max(schedule.step_s, key=lambda each: len(schedule.step_s[each]) * (each > 1))
+    assert len(schedule.step_s[width]) > 2 and schedule.next(weighed=True)
+    weighing = schedule.weighing(1)
+    for _ in range(width - 1):
+        weighing.worth_verifying([0.9])
+    schedule.record(width, 90.0, width - 1, 90.0, [(0, width - 1)])
+    assert schedule.next(weighed=True) > 0
+
+
+# through generate
+
+
+@pytest.fixture(scope="module")
+def models():
+    vanilla, ours = pair(max_position_embeddings=256)
+    return vanilla, ours, noisy(pair(max_position_embeddings=256)[1])
+
+
+def adaptive(draft, **more) -> dict:
+    return {"assistant_model": draft, "num_assistant_tokens": 8, "num_assistant_tokens_schedule": "adaptive", **more}
+
+
+@pytest.fixture
+def unclocked(monkeypatch):
+    """What a step takes is made up, so that nothing follows the clock."""
+    record = Adaptive.record
+
+    def timed(self, width, target_s, drafts, draft_s, accepted):
+        record(self, width, 0.9 + 0.1 * width, drafts, 0.01 * drafts, accepted)
+
+    monkeypatch.setattr(Adaptive, "record", timed)
+
+
+@pytest.fixture
+def rounds(unclocked, monkeypatch):
+    """Every answer that a weighing gave."""
+    answers, verify = [], Weighing.worth_verifying
+
+    def noted(self, guesses):
+        assert all(0 <= guess <= 1 for guess in guesses)
+        answers.append(verify(self, guesses))
+        return answers[-1]
+
+    monkeypatch.setattr(Weighing, "worth_verifying", noted)
+    return answers
+
+
+@pytest.mark.parametrize("compile", ["no", "native"])
+@pytest.mark.parametrize("batch", ["one", "three", "padded"])
+@pytest.mark.parametrize("mode", ["draft", "lookup"])
+def test_weighed_rounds_write_the_text_without_assistance(models, rounds, mode, batch, compile):
+    vanilla, ours, draft = models
+    expected = generate(vanilla, prompt(batch), max_new_tokens=NEW, **GREEDY)
+    assert len(expected[:, -NEW:].unique()) > 6
+    kind = adaptive(draft) if mode == "draft" else {"prompt_lookup_num_tokens": 8}
+    kind |= {"num_assistant_tokens_schedule": "adaptive"}
+    for model in (ours, draft):
+        model.free()
+        model.preallocate(3, 64, compile=compile, products="native" if compile == "native" else "stock")
+    for _ in range(2):  # what was learnt is kept for the next call
+        assert torch.equal(generate(ours, prompt(batch), max_new_tokens=NEW, **GREEDY, **kind), expected)
+    assert ours.path.endswith("adaptive K of at most 8")
+    if mode == "draft":
+        assert True in rounds and (False in rounds or batch != "one")
+
+
+def test_an_end_of_text_in_a_weighed_draft(models, rounds):
+    vanilla, ours, draft = models
+    plain = generate(vanilla, prompt("three"), max_new_tokens=NEW, **GREEDY)
+    asked = {"eos_token_id": int(plain[1, -NEW // 2]), "pad_token_id": 0, "max_new_tokens": NEW, "do_sample": False}
+    expected = generate(vanilla, prompt("three"), **asked)
+    assert torch.equal(generate(ours, prompt("three"), **asked, **adaptive(draft)), expected)
+
+
+def test_a_draft_of_nothing_but_nan_changes_no_token(models, rounds):
+    vanilla, ours, _ = models
+    broken = pair(max_position_embeddings=256)[1]
+    with torch.no_grad():
+        broken.lm_head.weight.fill_(math.nan)
+    expected = generate(vanilla, prompt("one"), max_new_tokens=NEW, **GREEDY)
+    assert torch.equal(generate(ours, prompt("one"), max_new_tokens=NEW, **GREEDY, **adaptive(broken)), expected)
+
+
+def test_what_is_not_worth_verifying_was_not_drawn(models, unclocked, monkeypatch):
+    """Else which tokens are looked at would depend on what they are, and with them what is written."""
+    _, ours, draft = models
+    drawn, answers = [], []
+    draw = proposer.draw
+
+    def noted(q_BV):
+        drawn.append(len(answers))
+        return draw(q_BV)
+
+    def refusing(self, guesses):
+        answers.append(len(self.guesses[0]) < 2)
+        for known, guess in zip(self.guesses, guesses, strict=True):
+            known.append(guess)
+        return answers[-1]
+
+    monkeypatch.setattr(proposer, "draw", noted)
+    monkeypatch.setattr(Weighing, "worth_verifying", refusing)
+    generate(ours, prompt("one"), max_new_tokens=NEW, **SAMPLED, **adaptive(draft))
+    assert answers.count(False) > 1
+    # One draw right after each answer that let a token in, and none after the others.
+    assert drawn == [number for number, answer in enumerate(answers, 1) if answer]
