@@ -5,16 +5,19 @@ import io
 import json
 
 import pytest
+import torch
 from rich.console import Console
 
+import fastllama
+from fastllama.demo.names import demo_folder
 from fastllama.lab import __main__ as lab_command
-from fastllama.lab.measuring import contestant
+from fastllama.lab.measuring import contestant, vanilla
 from fastllama.lab.pictures import plot_assisted
-from fastllama.lab.points import points_file
+from fastllama.lab.points import points_file, workload
 from fastllama.lab.records import digest
 from fastllama.lab.suite import assisted_lines, suite_lines
 from fastllama.lab.suite.line import judge
-from fastllama.lab.tasks import cost, file, prompts, run, table
+from fastllama.lab.tasks import cost, file, grounding, prompts, run, table
 from tests import command
 
 FAST = ("--preallocate", "--runs", "2", "--warmup", "0", "--dtype", "fp32")
@@ -53,6 +56,39 @@ def test_benchmark_prompts_have_exactly_their_lengths(demo_tokenizer):
     assert all(bool(example.prompt.attention_mask.all()) for example in found)
     again = prompts.examples("benchmark", demo_tokenizer, seed=1)
     assert not found[0].prompt.input_ids.equal(again[0].prompt.input_ids)
+
+
+def test_repeated_is_what_stands_in_runs_of_four():
+    prompt = [1, 2, 3, 4, 5, 6]
+    assert grounding.share(prompt, [1, 2, 3, 4]) == 1.0
+    assert grounding.share(prompt, [9, 2, 3, 4, 5, 6, 9, 9, 3, 4]) == 0.5
+    assert grounding.share(prompt, [1, 2, 3, 9, 4, 5, 6]) == 0.0
+    assert grounding.share([1, 2], [1, 2]) == 0.0
+
+
+@pytest.fixture(scope="module")
+def demo(demo_tokenizer):
+    """The demo, greedy."""
+    model = fastllama.LlamaForCausalLM.from_pretrained(demo_folder("target"), dtype=torch.float32)
+    vanilla.plain_greedy(model, workload.pad_id(demo_tokenizer))
+    model.preallocate(1, 640, compile="native")
+    return model
+
+
+def test_lookup_prompts_are_answered_out_of_their_input(demo, demo_tokenizer):
+    found = grounding.ranked(demo, demo_tokenizer, prompts.CHOSEN)
+    assert [tuple(what) for _, *what in found] == list(prompts.CHOSEN)
+    assert found[-1][0] > 0.25 and found[0][0] > 0.75
+    assert set(prompts.CHOSEN) < set(grounding.candidates())
+    usual = [("rename", "shlex", "quote"), ("name", "statistics", "_convert"), ("summary", "fractions", "_mul")]
+    assert max(share for share, *_ in grounding.ranked(demo, demo_tokenizer, usual)) < found[-1][0]
+    assert prompts.renamed("calendar", "iterweekdays") is None  # it has no parameter but self
+
+
+@pytest.mark.full
+def test_no_other_prompt_is_answered_more_out_of_its_input(demo, demo_tokenizer):
+    found = grounding.ranked(demo, demo_tokenizer, grounding.candidates())
+    assert [tuple(what) for _, *what in found[: len(prompts.CHOSEN)]] == list(prompts.CHOSEN)
 
 
 def test_lookup_prompts_hold_what_is_to_be_repeated(demo_tokenizer):

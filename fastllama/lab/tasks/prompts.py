@@ -29,16 +29,20 @@ DECODE = (
     "@property\ndef name(self):\n   ",
 )
 
-# Edits and summaries of functions of the held-out files. So small a model does not repeat every input when it is
-# asked to: these are functions whose edit it does write out of the input.
-_RENAMED: tuple[tuple[str, str], ...] = (
-    ("calendar", "itermonthdays3"),
-    ("fractions", "_sub"),
-    ("textwrap", "_fix_sentence_endings"),
+# (kind, module, function) of edits and summaries of held-out functions: of all of them those whose answers repeat most
+# of their input, as `grounding` ranks them. Of these, a quarter to four fifths is repeated.
+CHOSEN = (
+    ("rename", "statistics", "multimode"),
+    ("name", "textwrap", "_munge_whitespace"),
+    ("name", "difflib", "_plain_replace"),
+    ("name", "difflib", "_check_types"),
+    ("summary", "textwrap", "indent"),
+    ("name", "calendar", "itermonthdays3"),
+    ("name", "fractions", "from_float"),
+    ("name", "fractions", "reverse"),
+    ("summary", "difflib", "_format_line"),
+    ("name", "configparser", "_write_section"),
 )
-_RENAMED += (("statistics", "_convert"),)
-_NAMED = (("calendar", "yeardatescalendar"), ("fractions", "_mul"), ("textwrap", "_split"), ("difflib", "set_seq1"))
-_SUMMARISED = (("difflib", "set_seq2"), ("textwrap", "_fix_sentence_endings"))
 _SHOWN = 0.4  # of the edited function's lines, so that what follows continues an edit
 
 
@@ -71,10 +75,12 @@ def _begun(text: str) -> str:
     return "\n".join(lines[: max(1, int(_SHOWN * len(lines)))]) + "\n"
 
 
-def renamed(module: str, name: str) -> str:
-    """A function, and the beginning of the same one with its first parameter renamed."""
+def renamed(module: str, name: str) -> str | None:
+    """A function, and the beginning of the same one with its first parameter renamed; None where it has none."""
     tree, source = _function(module, name)
-    parameter = next(argument.arg for argument in tree.args.args if argument.arg != "self")
+    parameter = next((argument.arg for argument in tree.args.args if argument.arg != "self"), None)
+    if parameter is None:
+        return None
     edited = re.sub(rf"\b{parameter}\b", "item", source)
     return f"{source}\n\n\n# the same function with {parameter} renamed to item:\n\n{_begun(edited)}"
 
@@ -86,18 +92,23 @@ def named(module: str, name: str) -> str:
     return f"{source}\n\n\n# the same function under the name new_{name}:\n\n{_begun(edited)}"
 
 
-def summarised(module: str, name: str) -> str:
-    """A function, and the beginning of its summary: signature and first line of its documentation."""
+def summarised(module: str, name: str) -> str | None:
+    """A function, and the beginning of its summary, signature and first line of its documentation; None without any."""
     tree, source = _function(module, name)
-    first = ast.get_docstring(tree).splitlines()[0]
+    documentation = ast.get_docstring(tree)
+    if not documentation:
+        return None
+    first = documentation.splitlines()[0]
     parameters = ", ".join(argument.arg for argument in tree.args.args)
     return f'{source}\n\n\n# summary of {name}:\n\ndef {name}({parameters}):\n    """{first}\n'
 
 
+KINDS = {"rename": renamed, "name": named, "summary": summarised}
+
+
 def lookup_texts() -> dict[str, str]:
     """{name: prompt} of the task whose answers repeat their input."""
-    kinds = (("rename", renamed, _RENAMED), ("name", named, _NAMED), ("summary", summarised, _SUMMARISED))
-    return {f"{kind} {name}": make(module, name) for kind, make, chosen in kinds for module, name in chosen}
+    return {f"{kind} {name}": KINDS[kind](module, name) for kind, module, name in CHOSEN}
 
 
 def _of_text(tokenizer, text: str) -> Prompt:
