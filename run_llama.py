@@ -171,7 +171,9 @@ def _add_assistance(group) -> None:
     group.add_argument(
         "--prompt-lookup", metavar="N", help="draft up to N tokens from where the context has the last ones"
     )
-    group.add_argument("--draft-tokens", metavar="K", help="tokens that a draft model proposes at a time, at first (6)")
+    group.add_argument(
+        "--draft-tokens", metavar="K", help="tokens that a draft proposes at a time (6; at most 12 if they adapt)"
+    )
     group.add_argument(
         "--draft-schedule",
         metavar="HOW",

@@ -188,7 +188,9 @@ def test_lookup_prefers_the_longest_then_the_best_agreeing_then_the_newest():
     assert NGrams([9, 1, 2, 5, 8, 1, 2, 6, 9, 1, 2], 2).propose(1)[0] == [5]
     assert NGrams([1, 2, 5, 1, 2, 6, 1, 2], 2).propose(1)[0] == [6]
     assert NGrams([1, 2, 3], 2).propose(4)[0] == []
-    assert NGrams([4], 2).propose(4)[0] == []
+    assert NGrams([4], 2).propose(4) == ([], 0)
+    assert NGrams([1, 2, 3, 4, 1, 2], 2).propose(2)[1] == 2
+    assert NGrams([9, 8, 1, 2, 3, 4, 9, 8, 1, 2], 1).propose(2) == ([3, 4], 4)
 
 
 def test_lookup_goes_on_with_what_repeats():

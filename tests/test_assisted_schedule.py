@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from fastllama.decode.assisted import proposer
 from fastllama.decode.assisted.chances import Chances
@@ -113,9 +114,9 @@ def test_every_guess_has_a_chance(guess):
 
 
 def known(most: int = 12, draft_s: float = 0.0, step_s=lambda width: 0.9 + 0.1 * width) -> Adaptive:
-    """A schedule that knows what steps of every width cost, and so far has written a token for each second."""
+    """A schedule that knows what steps of every width cost; a plain one takes a second."""
     schedule = Adaptive(most)
-    for width in range(1, most + 2):
+    for width in [*range(1, most + 2)] * 2:
         schedule.record(width, step_s(width), 0, 0.0, [])
     if draft_s:
         schedule.record(2, step_s(2), 1, draft_s, [])
@@ -164,7 +165,26 @@ def test_rows_are_weighed_together():
     assert not weighing.worth_verifying([0.05, 0.05])
     schedule.record(3, 1.2, 0, 0.0, [(2, 2), (0, 2)])
     assert schedule.written == pytest.approx(2.0)  # tokens a row: one is the target's own
+    weighing.judged([(2, 2), (0, 2)])
     assert schedule.chances.of(0.5) < 0.5 and schedule.chances.of(1.0) == 1.0
+
+
+def test_one_disturbed_timing_of_a_wide_step_does_not_keep_others_narrow():
+    schedule = Adaptive(12)
+    for width, seconds in ((1, 1.0), (13, 50.0), (2, 1.05)):
+        schedule.record(width, seconds, 0, 0.0, [])
+    counts = []
+    for _ in range(8):
+        counts.append(proposed(schedule, itertools.repeat(0.95)))
+        schedule.record(counts[-1] + 1, 1 + 0.05 * counts[-1], 0, 0.0, [(counts[-1], counts[-1])])
+    assert counts[0] >= 2 and counts == sorted(counts) and counts[-1] >= 7
+
+
+def test_a_round_that_caught_up_is_charged_its_drafts():
+    schedule = known(draft_s=0.4)
+    proposed(schedule, itertools.repeat(0.9))
+    schedule.record(4, 1.3, 0, 0.0, [(3, 3)])  # its drafts' seconds say nothing of a step
+    assert schedule.spent == pytest.approx(1.3 + 3 * 0.4)
 
 
 def drive_weighed(schedule, rounds: int, stands: float, guess: float, draft_s: float) -> list[int]:
@@ -181,6 +201,8 @@ def drive_weighed(schedule, rounds: int, stands: float, guess: float, draft_s: f
         counts.append(count)
         right = torch.rand(max(count, 1), generator=generator) < stands
         judged = [(int(right.long().cumprod(0).sum()), count)] if count else []
+        if count:
+            weighing.judged(judged)
         schedule.record(count + 1, 1 + 0.1 * count, count, draft_s * count, judged)
     return counts
 
@@ -223,6 +245,12 @@ def models():
     return vanilla, ours, noisy(pair(max_position_embeddings=256)[1])
 
 
+@pytest.fixture(scope="module")
+def looping():
+    """(vanilla, ours) whose greedy text soon repeats itself, as prompt lookup likes it."""
+    return pair(max_position_embeddings=256, initializer_range=0.1)
+
+
 def adaptive(draft, **more) -> dict:
     return {"assistant_model": draft, "num_assistant_tokens": 8, "num_assistant_tokens_schedule": "adaptive", **more}
 
@@ -252,31 +280,63 @@ def rounds(unclocked, monkeypatch):
     return answers
 
 
+def reserve(models, length: int, compile: str) -> None:
+    for model in models:
+        model.free()
+        model.preallocate(3, length, compile=compile, products="native" if compile == "native" else "stock")
+
+
 @pytest.mark.parametrize("compile", ["no", "native"])
 @pytest.mark.parametrize("batch", ["one", "three", "padded"])
-@pytest.mark.parametrize("mode", ["draft", "lookup"])
-def test_weighed_rounds_write_the_text_without_assistance(models, rounds, mode, batch, compile):
+@pytest.mark.parametrize("spare", [0, 30])
+def test_weighed_drafts_write_the_text_without_assistance(models, rounds, batch, compile, spare):
     vanilla, ours, draft = models
-    expected = generate(vanilla, prompt(batch), max_new_tokens=NEW, **GREEDY)
+    inputs = prompt(batch)
+    expected = generate(vanilla, inputs, max_new_tokens=NEW, **GREEDY)
     assert len(expected[:, -NEW:].unique()) > 6
-    kind = adaptive(draft) if mode == "draft" else {"prompt_lookup_num_tokens": 8}
-    kind |= {"num_assistant_tokens_schedule": "adaptive"}
-    for model in (ours, draft):
-        model.free()
-        model.preallocate(3, 64, compile=compile, products="native" if compile == "native" else "stock")
+    reserve((ours, draft), inputs["input_ids"].shape[1] + NEW + spare, compile)
     for _ in range(2):  # what was learnt is kept for the next call
-        assert torch.equal(generate(ours, prompt(batch), max_new_tokens=NEW, **GREEDY, **kind), expected)
+        assert torch.equal(generate(ours, inputs, max_new_tokens=NEW, **GREEDY, **adaptive(draft)), expected)
     assert ours.path.endswith("adaptive K of at most 8")
-    if mode == "draft":
-        assert True in rounds and (False in rounds or batch != "one")
+    assert True in rounds and (False in rounds or batch != "one")
 
 
-def test_an_end_of_text_in_a_weighed_draft(models, rounds):
+@pytest.mark.parametrize("compile", ["no", "native"])
+@pytest.mark.parametrize("batch", ["one", "three", "padded"])
+def test_weighed_lookups_write_the_text_without_assistance(looping, rounds, batch, compile):
+    vanilla, ours = looping
+    expected = generate(vanilla, prompt(batch), max_new_tokens=60, **GREEDY)
+    reserve((ours,), 80, compile)
+    kind = {"prompt_lookup_num_tokens": 8, "num_assistant_tokens_schedule": "adaptive"}
+    assert torch.equal(generate(ours, prompt(batch), max_new_tokens=60, **GREEDY, **kind), expected)
+    assert ours.assisted.accepted_tokens > 0 and True in rounds and False in rounds
+
+
+@pytest.mark.parametrize("place", [3, NEW // 2, NEW - 2])
+def test_an_end_of_text_in_a_weighed_draft(models, rounds, place):
     vanilla, ours, draft = models
     plain = generate(vanilla, prompt("three"), max_new_tokens=NEW, **GREEDY)
-    asked = {"eos_token_id": int(plain[1, -NEW // 2]), "pad_token_id": 0, "max_new_tokens": NEW, "do_sample": False}
+    asked = {"eos_token_id": int(plain[1, place - NEW]), "pad_token_id": 0, "max_new_tokens": NEW, "do_sample": False}
     expected = generate(vanilla, prompt("three"), **asked)
     assert torch.equal(generate(ours, prompt("three"), **asked, **adaptive(draft)), expected)
+    assert rounds and ours.assisted.accepted_tokens > 0
+
+
+def test_a_processor_that_remembers_sees_each_position_once(models, rounds):
+    class Remembers(LogitsProcessor):
+        def __init__(self):
+            self.lengths = []
+
+        def __call__(self, input_ids, scores):
+            self.lengths.append(input_ids.shape[1])
+            return scores
+
+    vanilla, ours, draft = models
+    expected = generate(vanilla, prompt("one"), max_new_tokens=NEW, **GREEDY)
+    remembers = Remembers()
+    asked = {"logits_processor": LogitsProcessorList([remembers]), **GREEDY, **adaptive(draft)}
+    assert torch.equal(generate(ours, prompt("one"), max_new_tokens=NEW, **asked), expected)
+    assert remembers.lengths == sorted(set(remembers.lengths)) and len(remembers.lengths) == NEW and rounds
 
 
 def test_a_draft_of_nothing_but_nan_changes_no_token(models, rounds):
@@ -286,6 +346,7 @@ def test_a_draft_of_nothing_but_nan_changes_no_token(models, rounds):
         broken.lm_head.weight.fill_(math.nan)
     expected = generate(vanilla, prompt("one"), max_new_tokens=NEW, **GREEDY)
     assert torch.equal(generate(ours, prompt("one"), max_new_tokens=NEW, **GREEDY, **adaptive(broken)), expected)
+    assert rounds and ours.assisted.accepted_tokens == 0
 
 
 def test_what_is_not_worth_verifying_was_not_drawn(models, unclocked, monkeypatch):

@@ -109,7 +109,7 @@ def test_a_warm_up(models, expected, monkeypatch):
         return lambda *how: step(*how)
 
     monkeypatch.setattr(reserved, "compiled_step", compiled)
-    check(models, expected, lambda: models[1].preallocate(3, 32, compile="static") and None)
+    check(models, expected, lambda: torch.tensor(models[1].preallocate(3, 32, compile="static")))
     models[1].free()
 
 
@@ -207,8 +207,9 @@ def test_loading_in_few_bits(tmp_path):
     def load():
         return fastllama.LlamaForCausalLM.from_pretrained(tmp_path, fast=fastllama.FastConfig(weights="int8"))
 
+    cut = 0
     for lines in spread(load, 12, "model/small_loading", event="call"):
         with contextlib.suppress(ValueError):  # transformers words what its reading threads raised
-            interrupt(lines, load)
+            cut += interrupt(lines, load) is None
         assert known == AUTO_QUANTIZER_MAPPING
-    assert held_format(load()) == "int8"
+    assert cut and held_format(load()) == "int8"

@@ -81,7 +81,8 @@ def test_lookup_prompts_are_answered_out_of_their_input(demo, demo_tokenizer):
     assert found[-1][0] > 0.25 and found[0][0] > 0.75
     assert set(prompts.CHOSEN) < set(grounding.candidates())
     usual = [("rename", "shlex", "quote"), ("name", "statistics", "_convert"), ("summary", "fractions", "_mul")]
-    assert max(share for share, *_ in grounding.ranked(demo, demo_tokenizer, usual)) < found[-1][0]
+    others = grounding.ranked(demo, demo_tokenizer, usual)
+    assert len(others) == len(usual) and max(share for share, *_ in others) < found[-1][0]
     assert prompts.renamed("calendar", "iterweekdays") is None  # it has no parameter but self
 
 

@@ -22,7 +22,8 @@ def whole(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     except OSError as fault:
-        raise of(fault, path, unfinished) from fault
+        named = of(fault, path, unfinished)
+        raise named from (None if named is fault else fault)
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink()

@@ -38,7 +38,8 @@ def assisted_call(
     engines = [engine] if draft is None else [engine, companions.engine(draft)]
 
     def generate() -> tuple[object, Assisted, str]:
-        schedule = companions.schedule(wanted, model, draft, len(input_ids), engines)
+        draws = bool(how[-1].do_sample)
+        schedule = companions.schedule(wanted, model, draft, len(input_ids), engines, draws)
         pair = None if draft is None else (draft, engines[1])
         mask = inputs.get("attention_mask")
         with torch.inference_mode(False), torch.no_grad():

@@ -56,16 +56,18 @@ class Companions:
             self._compared = [weakref.ref(one), weakref.ref(other)], alike
         return alike
 
-    def schedule(self, asked: Asked, model: nn.Module, draft: nn.Module | None, rows: int, engines: list[Engine]):
+    def schedule(
+        self, asked: Asked, model: nn.Module, draft: nn.Module | None, rows: int, engines: list[Engine], draws: bool
+    ):
         """How many tokens to propose in each round of a call."""
         if asked.schedule == "constant":
             return Constant(asked.tokens)
         if asked.schedule != "adaptive":
             return Heuristic(asked.tokens)
-        # Costs and acceptance are those of a draft, a way to run, and a number of rows.
+        # Costs and chances are those of a draft, a way to run, a number of rows, and of drawing or not.
         companion, setting = (
             model if draft is None else draft,
-            (asked.tokens, asked.branches, asked.p_split, rows, *(each.config for each in engines)),
+            (asked.tokens, asked.branches, asked.p_split, rows, draws, *(each.config for each in engines)),
         )
         held, learnt = self._learnt.get(companion, (None, None))
         if held != setting:

@@ -14,6 +14,7 @@ from fastllama.decode.assisted.processing import Processing
 from fastllama.decode.assisted.proposer import DraftProposer, LookupProposer, Proposal
 from fastllama.decode.assisted.report import Assisted, Tally
 from fastllama.decode.assisted.rows import Rows
+from fastllama.decode.assisted.sharing import Shared, is_same_model
 from fastllama.decode.assisted.support import Asked, one_by_one
 from fastllama.decode.assisted.tree import verified
 from fastllama.decode.assisted.tree_proposer import TreeProposer
@@ -62,7 +63,8 @@ def assisted_loop(
     if draft is None:
         proposer = LookupProposer(prompt, asked.ngram)
     else:
-        made = (*draft, prompt, most_new, processing, asked.threshold, model.config.vocab_size)
+        shared = Shared(engine) if is_same_model(model, draft[0]) else None
+        made = (*draft, prompt, most_new, processing, asked.threshold, model.config.vocab_size, shared)
         split: dict[str, Any] = {"p_split": asked.p_split, "branches": asked.branches}
         proposer = DraftProposer(*made) if asked.branches == 1 else TreeProposer(*made, **split)
     call = Call(model, engine, proposer, verifier, schedule, rows, streamer)
@@ -126,7 +128,7 @@ class Call:
     def _round(self, keep: bool) -> None:
         rows, engine, tally = self.rows, self.engine, self.tally
         most = self._most()
-        start = self.draft_clock.mark()
+        start, weighing = self.draft_clock.mark(), None
         room = engine.room() - 1 if engine.explicit else None
         proposal = None
         if most > 0:
@@ -151,8 +153,12 @@ class Call:
         if proposal is not None:
             self.proposer.settle(added, paths)
             forwards = proposal.forwards
-            rounds = zip(added, proposal.meant, self.stood, going, strict=True)
-            judged = [(min(stood, meant, count), meant) for count, meant, stood, on in rounds if on]
+            rounds = [each for each in zip(added, proposal.meant, self.stood, going, strict=True) if each[-1]]
+            judged = [(min(stood, meant, count), meant) for count, meant, stood, _ in rounds]
+            if weighing is not None:
+                # What was proposed behind the end of a row was never judged.
+                ends = [meant if count > stood else count for count, meant, stood, _ in rounds]
+                weighing.judged([(stood, min(seen, end)) for (stood, seen), end in zip(judged, ends, strict=True)])
             tally.draft_tokens += sum(proposal.drafted(row) for row, on in enumerate(going) if on)
         tally.target_forwards += 1
         tally.draft_forwards += forwards

@@ -14,6 +14,7 @@ from fastllama.decode.assisted.lookup import NGrams
 from fastllama.decode.assisted.processing import Processing
 from fastllama.decode.assisted.rows import Rows
 from fastllama.decode.assisted.schedule import Weighing
+from fastllama.decode.assisted.sharing import Shared
 from fastllama.decode.assisted.tree import Tree
 from fastllama.decode.engine import Engine
 from fastllama.decode.prompt import Prompt
@@ -21,7 +22,7 @@ from fastllama.decode.stop import StopCheck
 
 _LAG_ON_GPU = 2  # draft steps in flight behind the question whether drafting still makes sense
 USUALLY_BEHIND = 2  # tokens: the newest, and the last proposal where all stood
-_AGREEING = 3  # before anything is learnt: what fits small models of one family
+_AGREEING = 3  # the power that makes a guess of a probability, which fits small models of one family
 _CATCH_UP = 256  # tokens that a draft which was paused takes in at a time
 
 
@@ -91,15 +92,15 @@ class DraftProposer:
 
     Its vocabulary may be shorter or longer than the target's `vocabulary` ids: what it has not got it is shown as its
     last id, and it proposes nothing that the target has not got.
-    `processing` where it samples, None where it is greedy. Drafting ends early where every row has proposed an end of
-    text or a token of probability below `threshold` (0: never).
+    `processing` where it samples, None where it is greedy. `shared` where it goes on from the target's cache. Drafting
+    ends early where every row has proposed an end of text or a token of probability below `threshold` (0: never).
     """
 
     mode = "draft"
 
     def __init__(
         self, model: nn.Module, engine: Engine, prompt: Prompt, new_tokens: int | None, processing: Processing | None,
-        threshold: float, vocabulary: int,
+        threshold: float, vocabulary: int, shared: Shared | None = None,
     ):  # fmt: skip
         own = model.config.vocab_size
         self.last_id = own - 1 if own < vocabulary else None
@@ -107,7 +108,7 @@ class DraftProposer:
         if self.last_id is not None:
             prompt = prompt._replace(tokens=prompt.tokens.clamp_max(self.last_id))
         self.model, self.engine, self.prompt, self.new_tokens = model, engine, prompt, new_tokens
-        self.processing, self.threshold = processing, threshold
+        self.processing, self.threshold, self.shared = processing, threshold, shared
         self.held: list[int] | None = None  # tokens of each row in the draft's cache that stand
         self._fed = 0  # proposals of the last round that are in the cache too
 
@@ -129,7 +130,10 @@ class DraftProposer:
         except ValueError as error:
             raise ValueError(f"the draft: {error}") from error
         self.engine.begin(batch)
-        self.engine.prefill(self.prompt)
+        if self.shared is not None and not self.shared.fits(self.engine):
+            self.shared = None
+        if self.shared is None:
+            self.engine.prefill(self.prompt)
         self.held = self.prompt.lengths.tolist()
 
     def most(self, rows: Rows) -> int | None:
@@ -174,6 +178,9 @@ class DraftProposer:
         )
         while not self.engine.explicit and self.engine.cache.shape.cache_length < max(real) + most:
             self.engine.grow(self.model)
+        if self.shared is not None:  # the target holds all but the newest token
+            self.shared.take_over(self.engine, [length - 1 for length in real])
+            behind = 1
         self.engine.place([max(length - behind, 0) for length in real])
         ids, forwards = rows.newest(behind).to(self.device), 0
         if self.last_id is not None:

@@ -69,7 +69,9 @@ class Adaptive:
         self.switched_off = 0
         self.hits, self.trials = _PRIOR[0] * _PRIOR[1], _PRIOR[1]
         self.draft_s: deque[float] = deque(maxlen=_MEMORY)
+        self.drafting_s = 0.0  # a step of the draft; 0 as long as it is unknown
         self.step_s: dict[int, deque[float]] = {}
+        self.usual_s: dict[int, float] = {}  # the median of each
         self.pause, self.pause_left, self.rounds = _FIRST_PAUSE, 0, 0
         self.chances = Chances()
         self.written, self.spent = 0.0, 0.0  # tokens a row and seconds of the weighed rounds, the newest count most
@@ -80,21 +82,16 @@ class Adaptive:
         """Of one proposed token after others that stood."""
         return self.hits / self.trials
 
-    @property
-    def drafting_s(self) -> float:
-        """Seconds of a draft's step; 0 as long as they are unknown."""
-        return _median(self.draft_s) if self.draft_s else 0.0
-
     def cost(self, width: int) -> float:
         """Seconds of a step over `width` tokens: measured, or on the line through its measured neighbours."""
-        known = sorted(self.step_s)
-        if width in self.step_s:
-            return _median(self.step_s[width])
+        if width in self.usual_s:
+            return self.usual_s[width]
+        known = sorted(self.usual_s)
         if len(known) < 2:
-            return _median(self.step_s[known[0]])
+            return self.usual_s[known[0]]
         above = next((place for place, each in enumerate(known) if each > width), len(known) - 1)
         low, high = known[max(above, 1) - 1], known[max(above, 1)]
-        at_low, at_high = _median(self.step_s[low]), _median(self.step_s[high])
+        at_low, at_high = self.usual_s[low], self.usual_s[high]
         # More tokens never take less: noise must not make a wide step look free.
         slope = max(at_high - at_low, 0.0) / (high - low)
         return max(at_low + slope * (width - low), 0.25 * at_low)
@@ -102,8 +99,12 @@ class Adaptive:
     def further(self, width: int) -> float:
         """Seconds that each token beyond `width` takes in a wider step, in the best of those that are known."""
         here = self.cost(width)
-        wider = [each for each in self.step_s if each > width] or [width + 1]
-        return max(min((self.cost(each) - here) / (each - width) for each in wider), 0.0)
+        wider = [each for each in self.usual_s if each > width]
+        slopes = [(self.usual_s[each] - here) / (each - width) for each in wider]
+        if not any(len(self.step_s[each]) > 1 for each in wider):
+            # One timing may have been disturbed: it speaks for wider steps, but never against them.
+            slopes.append((here - self.cost(1)) / max(width - 1, 1))
+        return max(min(slopes), 0.0)
 
     def pace(self) -> float:
         """Tokens a second of a row: of weighed rounds, or of plain steps where those are faster."""
@@ -119,7 +120,7 @@ class Adaptive:
         """As `Constant.next`; the most of a round that is weighed."""
         self.current = None
         most = self.most if widest is None else min(self.most, widest - 1)
-        if 1 not in self.step_s or most < 1:  # what a plain step costs is what all is compared with
+        if 1 not in self.usual_s or most < 1:  # what a plain step costs is what all is compared with
             return 0
         if self.pause_left:
             self.pause_left -= 1
@@ -148,9 +149,12 @@ class Adaptive:
 
     def record(self, width: int, target_s: float, drafts: int, draft_s: float, accepted: list[tuple[int, int]]) -> None:
         """As `Constant.record`."""
-        self.step_s.setdefault(width, deque(maxlen=_MEMORY)).append(target_s)
+        timings = self.step_s.setdefault(width, deque(maxlen=_MEMORY))
+        timings.append(target_s)
+        self.usual_s[width] = _median(timings)
         if drafts:
             self.draft_s.append(draft_s / drafts)
+            self.drafting_s = _median(self.draft_s)
         proposed = [(stood, proposed) for stood, proposed in accepted if proposed]
         if not proposed:
             return
@@ -161,8 +165,7 @@ class Adaptive:
         if self.current is not None:
             self.written = _FORGET * self.written + 1 + sum(stood for stood, _ in accepted) / len(accepted)
             # By the usual costs, so that one disturbed step changes no verdict.
-            self.spent = _FORGET * self.spent + self.cost(width) + drafts * self.drafting_s
-            self.current.judged(accepted)
+            self.spent = _FORGET * self.spent + self.cost(width) + (drafts or width - 1) * self.drafting_s
 
 
 class Weighing:
@@ -199,7 +202,7 @@ class Weighing:
         return True
 
     def judged(self, accepted: list[tuple[int, int]]) -> None:
-        """(accepted, proposed) of each row."""
+        """(accepted, proposed) of each row, as far as the target has judged."""
         for guesses, (stood, proposed) in zip(self.guesses, accepted, strict=True):
             self.schedule.chances.learn(guesses[:proposed], stood)
 

@@ -54,8 +54,8 @@ def trace(module: StepProgram, shape: CacheShape) -> torch.export.ExportedProgra
     # The storage is longer than the cache, so a cache shorter than the example may be called with its length too.
     longest = max(shape.cache_length, _EXAMPLE + 1)
     tokens, read = (torch.export.Dim(name, min=1, max=longest) for name in ("tokens", "read"))
-    whole = [None] * shape.num_layers
-    sizes = ({1: tokens}, None, None, {0: read}, whole, whole)
+    every = [None] * shape.num_layers
+    sizes = ({1: tokens}, None, None, {0: read}, every, every)
     return torch.export.export(module, arguments, dynamic_shapes=sizes, strict=False)
 
 

@@ -73,8 +73,8 @@ GROUPS = {
             WHOLE,
             ("--draft", "--draft-n", "--draft-max"),
             ("--num-assistant-tokens",),
-            "tokens that it drafts at a time, at first (6). A number, as in llama.cpp; run_llama.py's --draft is a "
-            "model",
+            "tokens that it drafts at a time (6; at most 12 if they adapt). A number, as in llama.cpp; run_llama.py's "
+            "--draft is a model",
             own=("--draft-tokens",),
         ),
         Option(

@@ -84,7 +84,10 @@ def load(point: Point, pad: int) -> fastllama.LlamaForCausalLM | None:
     fast = {} if how.weights is None else {"fast": how}
     draft, _ = checkpoint.load(found, fastllama.LlamaForCausalLM, point.torch_dtype, device(point), **fast)
     vanilla.plain_greedy(draft, pad)
-    draft.generation_config.num_assistant_tokens = point.assistance.tokens
+    tokens = point.assistance.tokens
+    if point.assistance.draft_tokens is None:  # the usual number shrinks to what fits
+        tokens = max(min(tokens, point.positions - 1), 1)
+    draft.generation_config.num_assistant_tokens = tokens
     draft.generation_config.num_assistant_tokens_schedule = point.assistance.draft_schedule
     if point.assistance.splits:
         draft.generation_config.p_split = point.assistance.p_split

@@ -9,7 +9,7 @@ from fastllama.model.config import FastConfig
 
 SCHEDULES = ("constant", "heuristic", "adaptive")
 DRAFT_TOKENS = 6  # where nobody says, as the seed had it
-MOST_TOKENS = 12  # where nobody says and each token is weighed
+MOST_TOKENS = 12  # where nobody says and their number adapts
 # What prompt lookup has no use for. These came later than the other options: a record holds what was given of them.
 LATER = ("p_split", "draft_branches", "draft_device")
 _WEIGHTS = FastConfig.__dataclass_fields__["weights"].metadata["allowed"]
@@ -34,7 +34,7 @@ class Assistance:
     )
     draft_tokens: int | None = _option(
         None,
-        f"tokens that are drafted at a time ({DRAFT_TOKENS}), at most if they adapt ({MOST_TOKENS})",
+        f"tokens that are drafted at a time ({DRAFT_TOKENS}; at most {MOST_TOKENS} if one branch adapts)",
         "None or an integer >= 1",
     )
     draft_schedule: str = _option(
@@ -93,8 +93,11 @@ class Assistance:
     @property
     def tokens(self) -> int:
         """How many tokens are drafted at a time, at most or at first where that follows what is accepted."""
-        weighed = self.draft_schedule == "adaptive" and not self.splits
-        return self.prompt_lookup or self.draft_tokens or (MOST_TOKENS if weighed else DRAFT_TOKENS)
+        return self.prompt_lookup or self.draft_tokens or (MOST_TOKENS if self._adapts else DRAFT_TOKENS)
+
+    @property
+    def _adapts(self) -> bool:
+        return self.draft_schedule == "adaptive" and not self.splits
 
     @property
     def splits(self) -> bool:
@@ -159,8 +162,7 @@ class Assistance:
             head += f" in {self.draft_weights}" if self.draft_weights is not None else ""
             head += f" on {self.draft_device}" if self.draft_device is not None else ""
             # What adapts has had other limits where nobody gave one.
-            named = self.draft_tokens is not None or self.draft_schedule != "adaptive"
-            head += f" K {self.tokens}" if named else " K"
+            head += " K" if self.draft_tokens is None and self._adapts else f" K {self.tokens}"
             if self.splits:
                 head += f", {self.branches} branches above {DEFAULT_SPLIT if self.p_split is None else self.p_split:g},"
         return f"{head} {self.draft_schedule}"

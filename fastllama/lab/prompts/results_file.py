@@ -126,7 +126,8 @@ class _Lines:
         try:
             write_all(self._file.fileno(), line.encode())
         except OSError as fault:
-            raise of(fault, self._path) from fault
+            named = of(fault, self._path)
+            raise named from (None if named is fault else fault)
 
     def close(self) -> None:
         self._file.close()

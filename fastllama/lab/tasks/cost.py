@@ -60,22 +60,32 @@ def verify_s(costs: dict, tokens: float) -> float:
 
 
 def seconds(
-    costs: dict, drafted: float, acceptance: float, new_tokens: int, prefill: tuple[float, float]
+    costs: dict,
+    drafted: float,
+    acceptance: float,
+    new_tokens: int,
+    prefill: tuple[float, float],
+    drafting: float | None = None,
 ) -> tuple[float, float]:
     """(unassisted, assisted) seconds of a call whose rounds draft K tokens, of which this share is accepted.
 
-    A round gives 1 + K x acceptance tokens, and takes K steps of the draft and one pass of K + 1 tokens. prefill:
-    seconds to the first token, unassisted and assisted. new_tokens: N of a row.
+    A round gives 1 + K x acceptance tokens, and takes `drafting` steps of the draft (K) and one pass of K + 1 tokens.
+    prefill: seconds to the first token, unassisted and assisted. new_tokens: N of a row.
     """
     rounds = (new_tokens - 1) / (1 + drafted * acceptance)
-    round_s = drafted * costs["draft_step_s"] + verify_s(costs, 1 + drafted)
+    round_s = (drafted if drafting is None else drafting) * costs["draft_step_s"] + verify_s(costs, 1 + drafted)
     return prefill[0] + (new_tokens - 1) * costs["step_s"], prefill[1] + rounds * round_s
 
 
 def drafted_a_round(reports: list[dict]) -> float:
     """The mean K of the rounds after the prefill, those without a draft among them."""
+    return a_round(reports, "draft_tokens")
+
+
+def a_round(reports: list[dict], name: str) -> float:
+    """What the reports count under `name`, over the rounds after the prefill."""
     rounds = sum(report["target_forwards"] - 1 for report in reports)
-    return sum(report["draft_tokens"] for report in reports) / rounds if rounds > 0 else 0.0
+    return sum(report[name] for report in reports) / rounds if rounds > 0 else 0.0
 
 
 def prefills(line: dict) -> tuple[float, float]:
@@ -88,8 +98,10 @@ def predicted_seconds(line: dict) -> tuple[float, float] | None:
     found, costs = line["assisted"], line["costs"]
     if found is None or costs is None:
         return None
-    drafted, share = drafted_a_round(found["reports"]), found["acceptance"] or 0.0
-    return seconds(costs, drafted, share, line["new_tokens"], prefills(line))
+    reports, share = found["reports"], found["acceptance"] or 0.0
+    # A step whose token was then not worth verifying is one too.
+    drafting = a_round(reports, "draft_forwards")
+    return seconds(costs, drafted_a_round(reports), share, line["new_tokens"], prefills(line), drafting)
 
 
 def predicted(line: dict) -> float | None:

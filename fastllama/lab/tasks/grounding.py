@@ -1,7 +1,8 @@
 """Which prompts of the lookup task the demo answers out of its input: python -m fastllama.lab.tasks.grounding
 
 Prompt lookup is for answers that repeat their input, and so small a model seldom does. So every function of the
-held-out files is tried in every kind of prompt, and those whose answers repeat most are taken, whatever the speed.
+held-out files is tried in every kind of prompt that has a fitting size, and those whose answers repeat most are taken,
+whatever the speed.
 """
 
 import ast
