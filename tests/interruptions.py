@@ -1,5 +1,6 @@
 """KeyboardInterrupt at a chosen line of the package, as Ctrl-C may come at any."""
 
+import linecache
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,12 +11,13 @@ PACKAGE = str(Path(__file__).parent.parent / "fastllama")
 class Lines:
     """Counts the lines of the package that this thread runs, and raises at the one numbered `at` (from 1).
 
-    `event` "call" counts its functions instead: Python has a line of its own for the end of a `with`, at which no
-    interruption comes, and which would leave open what is not ours.
+    `event` "call" counts its functions instead. Python has a line of its own for the end of a `with`, at which no
+    interruption comes, and which would leave open what is not ours: it counts for nothing.
     """
 
     def __init__(self, at: int | None = None, within: str = "", event: str = "line"):
         self.at, self.event, self.count, self.where = at, event, 0, None
+        self.begun: set = set()  # (frame, line) of each `with`
         self.prefix = f"{PACKAGE}/{within}"
 
     def _called(self, frame, event, argument):
@@ -24,13 +26,21 @@ class Lines:
         return self._passed(frame, event, argument)
 
     def _passed(self, frame, event, argument):
-        if event == self.event:
+        if event == self.event and not self._ends_a_with(frame, event):
             self.count += 1
             if self.count == self.at:
                 self.where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
                 sys.settrace(None)
                 raise KeyboardInterrupt
         return self._passed
+
+    def _ends_a_with(self, frame, event) -> bool:
+        place = (frame, frame.f_lineno)
+        if event != "line" or place in self.begun:
+            return event == "line"
+        if linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with "):
+            self.begun.add(place)
+        return False
 
     @contextmanager
     def watched(self):
@@ -40,6 +50,7 @@ class Lines:
             yield self
         finally:
             sys.settrace(before)
+            self.begun.clear()
 
 
 def spread(work, most: int, within: str = "", event: str = "line"):

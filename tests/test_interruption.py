@@ -41,6 +41,7 @@ def assert_usable(models, expected, free: bool) -> None:
         assert not model._engine.turn.is_taken() and not model._engine.fast.is_taken()
     assert not turn.calls_here()
     assert told() == Told()
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     assert isinstance(ours.path, str)
     if free:
         ours.free()
@@ -212,4 +213,5 @@ def test_loading_in_few_bits(tmp_path):
         with contextlib.suppress(ValueError):  # transformers words what its reading threads raised
             cut += interrupt(lines, load) is None
         assert known == AUTO_QUANTIZER_MAPPING
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     assert cut and held_format(load()) == "int8"
