@@ -28,6 +28,7 @@ def is_same_model(model: nn.Module, draft: nn.Module) -> bool:
     """Whether two Llamas have the same shape and, where both hold floats outside their layers' products, those floats.
 
     The norms are floats whatever the weights are held in; an embedding that the output matrix is tied to may not be.
+    A draft that was tuned in its products alone counts as the same: it then proposes a little less well.
     """
     if any(getattr(model.config, name, None) != getattr(draft.config, name, None) for name in _SHAPE):
         return False
