@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 
 import pytest
 
@@ -10,6 +11,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Several processes share the processors, and threads that spin for one another would hold them from the others.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def torch_modes():
+    """A test that leaves one of torch's modes open is named itself, not the hundreds after it."""
+    yield
+    if "torch" in sys.modules:
+        from tests import modes
+
+        assert not modes.left_open()
 
 
 @pytest.fixture(scope="session")

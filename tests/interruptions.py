@@ -35,9 +35,11 @@ class Lines:
         return self._passed
 
     def _ends_a_with(self, frame, event) -> bool:
+        if event != "line":
+            return False
         place = (frame, frame.f_lineno)
-        if event != "line" or place in self.begun:
-            return event == "line"
+        if place in self.begun:
+            return True
         if linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with "):
             self.begun.add(place)
         return False

@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 from fastllama.decode.assisted import verify
 from fastllama.decode.assisted.accept import draw, matching, residual, speculative
 from fastllama.decode.assisted.lookup import NGrams
+from fastllama.decode.assisted.schedule import Adaptive
 from tests.tiny import pair
 
 # acceptance
@@ -151,6 +152,22 @@ def test_drafting_that_stops_at_doubt_changes_no_distribution(small):
     vanilla, ours, draft = small
     assistance = drafted(draft) | {"assistant_confidence_threshold": 0.5}
     assert improbability(ours, exact(vanilla, WARM), WARM, **assistance) > 1e-3
+
+
+@pytest.mark.parametrize(("kind", "token_s"), [("draft", 0.2), ("lookup", 0.01)])
+def test_weighing_each_token_changes_no_distribution(small, monkeypatch, kind, token_s):
+    vanilla, ours, draft = small
+    record, widths = Adaptive.record, set()
+
+    def timed(self, width, target_s, drafts, draft_s, accepted):
+        widths.add(width)
+        record(self, width, 1 + token_s * width, drafts, 0.01 * drafts, accepted)
+
+    monkeypatch.setattr(Adaptive, "record", timed)
+    asked = drafted(draft) if kind == "draft" else {"prompt_lookup_num_tokens": 3}
+    asked["num_assistant_tokens_schedule"] = "adaptive"
+    assert improbability(ours, exact(vanilla, HOT), HOT, **asked) > 1e-3
+    assert len(widths) > 1
 
 
 def test_what_prompt_lookup_assists_is_distributed_as_without(small):

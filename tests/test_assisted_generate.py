@@ -11,31 +11,21 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM as Vanilla
 
 import fastllama
 from fastllama.demo.names import demo_folder
-from tests import small
+from tests import drafts, small
+from tests.drafts import assistance, noisy
 from tests.tiny import GREEDY, SAMPLED, config, generate, pair, prompt
 
 NEW = 30
 
 
-def noisy(model, spread: float = 0.02, seed: int = 7):
-    """Makes a draft of a copy: near enough that some of what it proposes stands, and some does not."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += spread * parameter.std().nan_to_num(0.0) * torch.randn_like(parameter)
-    return model
-
-
 @pytest.fixture(scope="module")
 def models():
-    vanilla, ours = pair(max_position_embeddings=256)
-    return vanilla, ours, noisy(pair(max_position_embeddings=256)[1])
+    return drafts.trio()
 
 
 @pytest.fixture(scope="module")
 def looping():
-    """(vanilla, ours) whose greedy text soon repeats itself, as prompt lookup likes it."""
-    return pair(max_position_embeddings=256, initializer_range=0.1)
+    return drafts.looping_pair()
 
 
 @pytest.fixture(autouse=True)
@@ -46,19 +36,6 @@ def as_before(request):
         for model in request.getfixturevalue(shared)[1:]:
             model.free()
             model.generation_config = type(model.generation_config).from_model_config(model.config)
-
-
-def assistance(mode: str, draft, tokens: int = 4, **more) -> dict:
-    """Arguments of generate. Without a threshold, the draft goes on however sure it is."""
-    if mode == "lookup":
-        return {"prompt_lookup_num_tokens": tokens, **more}
-    return {
-        "assistant_model": draft,
-        "num_assistant_tokens": tokens,
-        "num_assistant_tokens_schedule": "constant",
-        "assistant_confidence_threshold": 0.0,
-        **more,
-    }
 
 
 def reserve(model, rows: int, length: int, compile: str | None) -> None:

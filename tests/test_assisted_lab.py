@@ -143,6 +143,14 @@ def test_vocabularies_must_match(tmp_path, capsys):
     assert "the vocabularies of demo and of the draft other do not match" in error and str(tmp_path) not in error
 
 
+@pytest.mark.usefixtures("light")
+def test_the_usual_number_shrinks_to_a_small_cache():
+    for length, most in ((4, 11), (40, 12)):
+        work, assistance = Workload(1, length, 8), Assistance(draft="demo-draft")
+        point = Point("demo", "fp32", "cpu", work, True, assistance=assistance, runs=1, warmup=0)
+        assert measure.measure(point)["path"].endswith(f"adaptive K of at most {most}")
+
+
 # contestants and records
 
 

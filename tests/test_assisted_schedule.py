@@ -10,7 +10,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from fastllama.decode.assisted import proposer
 from fastllama.decode.assisted.chances import Chances
 from fastllama.decode.assisted.schedule import Adaptive, Constant, Heuristic, Weighing, expected_tokens
-from tests.test_assisted_generate import noisy
+from tests import drafts
 from tests.tiny import GREEDY, SAMPLED, generate, pair, prompt
 
 NEW = 24
@@ -241,18 +241,16 @@ def test_one_disturbed_step_changes_no_weighed_verdict():
 
 @pytest.fixture(scope="module")
 def models():
-    vanilla, ours = pair(max_position_embeddings=256)
-    return vanilla, ours, noisy(pair(max_position_embeddings=256)[1])
+    return drafts.trio()
 
 
 @pytest.fixture(scope="module")
 def looping():
-    """(vanilla, ours) whose greedy text soon repeats itself, as prompt lookup likes it."""
-    return pair(max_position_embeddings=256, initializer_range=0.1)
+    return drafts.looping_pair()
 
 
 def adaptive(draft, **more) -> dict:
-    return {"assistant_model": draft, "num_assistant_tokens": 8, "num_assistant_tokens_schedule": "adaptive", **more}
+    return drafts.assistance("draft", draft, 8, num_assistant_tokens_schedule="adaptive", **more)
 
 
 @pytest.fixture

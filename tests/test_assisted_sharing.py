@@ -8,7 +8,7 @@ import torch
 import fastllama
 from fastllama.decode.assisted.sharing import is_same_model
 from tests import small
-from tests.test_assisted_generate import assistance, noisy
+from tests.drafts import assistance, noisy
 from tests.tiny import GREEDY, SAMPLED, generate, pair, prompt
 
 NEW = 24
@@ -58,7 +58,8 @@ def test_greedy_text_is_the_same_and_the_draft_reads_no_prompt(models, prefills,
     kind = assistance("draft", own, 4, num_assistant_tokens_schedule=schedule)
     assert torch.equal(generate(ours, prompt(batch), max_new_tokens=NEW, **GREEDY, **kind), expected)
     assert prefills == [ours._engine]
-    assert ours.assisted.accepted_tokens > 0
+    assert ours.assisted.accepted_tokens > 0 and ours.assisted.shares_cache
+    assert "assisted by a draft on the target's keys and values" in ours.path
 
 
 def test_what_it_proposes_is_what_it_would_say_after_the_targets_keys(models):
@@ -84,6 +85,7 @@ def test_another_model_and_another_cache_read_the_prompt(models, prefills):
         kind = assistance("draft", draft, 4)
         assert torch.equal(generate(ours, prompt("one"), max_new_tokens=NEW, **GREEDY, **kind), expected)
         assert prefills == [ours._engine, draft._engine]
+        assert not ours.assisted.shares_cache and "assisted by a draft, constant" in ours.path
         draft.free()
 
 

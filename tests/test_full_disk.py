@@ -79,6 +79,17 @@ STOPS = {
 }
 
 
+def test_a_failure_names_the_file_once_and_is_not_its_own_cause(tmp_path):
+    """What walks through causes would never end."""
+    path, other = tmp_path / "a", tmp_path / "b"
+    unnamed, elsewhere = OSError(errno.ENOSPC, "full"), OSError(errno.ENOSPC, "full", str(other))
+    for fault, named in ((unnamed, path), (elsewhere, other)):
+        with pytest.raises(OSError, match="full") as found:
+            whole_file.raise_named(fault, path)
+        assert found.value.filename == str(named) and found.value.__cause__ is not found.value
+        assert (found.value is fault) == (fault is elsewhere)
+
+
 @pytest.mark.parametrize("stop", STOPS)
 @pytest.mark.parametrize("name", WRITERS)
 def test_the_old_file_stays(name, stop, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from fastllama.decode import reservation, reserved, turn
 from fastllama.decode.told import Told, told
 from fastllama.model.forward import step
 from fastllama.model.small_linear import held_format
-from tests import tiny
+from tests import modes, tiny
 from tests.interruptions import interrupt, spread
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -41,7 +41,7 @@ def assert_usable(models, expected, free: bool) -> None:
         assert not model._engine.turn.is_taken() and not model._engine.fast.is_taken()
     assert not turn.calls_here()
     assert told() == Told()
-    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    assert not modes.left_open()
     assert isinstance(ours.path, str)
     if free:
         ours.free()
@@ -213,5 +213,5 @@ def test_loading_in_few_bits(tmp_path):
         with contextlib.suppress(ValueError):  # transformers words what its reading threads raised
             cut += interrupt(lines, load) is None
         assert known == AUTO_QUANTIZER_MAPPING
-        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        assert not modes.left_open()
     assert cut and held_format(load()) == "int8"

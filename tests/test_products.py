@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode, in_kernel_invocation_manager
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from fastllama.kernels import linear, native
 from fastllama.kernels.linear import Native, Packed, Stock, can_pack, hold, let_go, many_rows, pack
 from fastllama.kernels.norm import Norm
+from tests import modes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMS = ["native", "native, any rows", "packed", "stock"]
@@ -53,6 +55,36 @@ def multiply(form: str, x, weight, bias):
         return Packed(handle, bias, weight.shape[0])(x)
     finally:
         let_go(handle)
+
+
+@pytest.mark.parametrize("inside", ["a fake tensor's operation", "a compilation"])
+def test_a_handle_may_die_anywhere(inside):
+    """Collected while another model is compiled, it must not run an operation of torch's, which is then no real one."""
+    weight = torch.randn(8, 16)
+    if not can_pack(weight):
+        pytest.skip("torch packs no fp32 weights here")
+    kept = [hold(pack(weight))]
+    number = int(kept[0])
+
+    def compiled(x):
+        return torch.ops.fastllama_tests.drop(x) + 1
+
+    library = torch.library.Library("fastllama_tests", "FRAGMENT")
+    library.define("drop(Tensor x) -> Tensor")
+    library.impl("drop", lambda x: x.clone(), "CPU")
+
+    def fake(x):
+        kept.clear()
+        return torch.empty_like(x)
+
+    torch.library.register_fake("fastllama_tests::drop", fake, lib=library)
+    if inside == "a compilation":
+        torch.compile(compiled, backend="aot_eager")(torch.ones(3))
+    else:
+        with FakeTensorMode() as mode, in_kernel_invocation_manager(mode):
+            kept.clear()
+    assert not kept and number not in linear._packed and not modes.left_open()
+    library._destroy()
 
 
 def assert_product(found, x, weight, bias):

@@ -172,7 +172,7 @@ def test_without_assistance_its_columns_are_dashes(capsys, tmp_path):
         (lambda line: line["assisted"].update(draft_s=9.0), "assisted.draft_s"),
         (lambda line: line["costs"].update(step_s=-1.0), "costs.step_s"),
         (lambda line: line["costs"].update(verify_s={}), "costs.verify_s"),
-        (lambda line: line.update(task_schema=2), "no line of a task"),
+        (lambda line: line.update(task_schema=3), "no line of a task"),
         (lambda line: line.update(cache_length=3), "too short"),
     ],
 )
@@ -183,6 +183,21 @@ def test_a_line_that_cannot_be_trusted_is_refused(lines, change, says):
         file.check_line(digest.seal(wrong), "here")
     assert says in str(fault.value)
     file.check_line(lines[0], "here")
+
+
+def test_lines_of_the_first_schema_foretold_without_refused_steps(lines):
+    """Files that an earlier version wrote are read as it meant them."""
+    line = copy.deepcopy(lines[0])
+    for report in line["assisted"]["reports"]:
+        report["draft_forwards"] += 5
+    line["task_schema"] = 1
+    file.check_line(digest.seal(line), "here")
+    line["task_schema"] = 2
+    with pytest.raises(ValueError, match="predicted_speedup"):
+        file.check_line(digest.seal(line), "here")
+    line["predicted_speedup"] = cost.predicted(line)
+    assert line["predicted_speedup"] < lines[0]["predicted_speedup"]
+    file.check_line(digest.seal(line), "here")
 
 
 def test_files_of_tasks_and_of_points_are_not_mixed(lines, tmp_path, capsys):
@@ -216,6 +231,8 @@ def test_a_gain_follows_from_costs_and_acceptance():
     plain, assisted = cost.seconds(COSTS, 2, 0.5, 61, (0.1, 0.2))
     assert plain == pytest.approx(0.1 + 60 * 0.010)
     assert assisted == pytest.approx(0.2 + 30 * (2 * 0.001 + 0.012))  # 30 rounds of two tokens
+    refused = cost.seconds(COSTS, 2, 0.5, 61, (0.1, 0.2), drafting=3.0)  # each round drew one more than it verified
+    assert refused == (plain, pytest.approx(0.2 + 30 * (3 * 0.001 + 0.012)))
     nothing = cost.seconds(COSTS, 0, 0.0, 61, (0.1, 0.1))
     assert nothing[0] == pytest.approx(nothing[1])
 

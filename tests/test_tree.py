@@ -13,10 +13,11 @@ from fastllama.decode.assisted.tree import Tree, drafted, verified, walked
 from fastllama.demo.names import demo_folder
 from fastllama.model.tree import Branching
 from tests import small
+from tests.drafts import noisy
 from tests.test_assisted_accept import HOT, NARROW, WARM, exact, improbability
 from tests.test_assisted_accept import drafted as chain
 from tests.test_assisted_accept import small as sampled  # noqa: F401  a fixture
-from tests.test_assisted_generate import After, Recorder, Remembering, noisy, reserve
+from tests.test_assisted_generate import After, Recorder, Remembering, reserve
 from tests.tiny import GREEDY, SAMPLED, generate, pair, prompt
 
 NEW = 30

@@ -92,9 +92,11 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 def hold(packed: torch.Tensor) -> torch.Tensor:
     """Keeps a packed weight for `Packed`, as long as the handle that is returned lives: compiled code may outlive the
     product."""
-    handle = torch.tensor(next(_handles))
-    weakref.finalize(handle, let_go, handle.clone())
-    _packed[int(handle)] = packed
+    number = next(_handles)
+    handle = torch.tensor(number)
+    # A handle may die anywhere, in the middle of a compilation too: what runs then must not touch a tensor.
+    weakref.finalize(handle, _packed.pop, number, None)
+    _packed[number] = packed
     return handle
 
 

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 
 @contextmanager
@@ -22,15 +23,14 @@ def whole(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     except OSError as fault:
-        named = of(fault, path, unfinished)
-        raise named from (None if named is fault else fault)
+        raise_named(fault, path, unfinished)
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink()
 
 
-def of(fault: OSError, path: Path, *instead: Path) -> OSError:
-    """The same failure with `path` in its words, where it names no file, or one of those that stand for it."""
+def raise_named(fault: OSError, path: Path, *instead: Path) -> NoReturn:
+    """Raises the same failure with `path` in its words, where it names no file, or one of those that stand for it."""
     if fault.errno is None or fault.filename not in (None, *map(str, instead)):
-        return fault
-    return type(fault)(fault.errno, fault.strerror, str(path))
+        raise fault
+    raise type(fault)(fault.errno, fault.strerror, str(path)) from fault

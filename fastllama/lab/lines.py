@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastllama.kernels.whole_file import of
+from fastllama.kernels.whole_file import raise_named
 
 try:
     import fcntl
@@ -35,7 +35,7 @@ def append(path: str | Path, line: str) -> None:
                     file.truncate(size)
                 raise
     except OSError as fault:
-        raise of(fault, path) from fault
+        raise_named(fault, path)
 
 
 def read(path: str | Path) -> list[bytes]:

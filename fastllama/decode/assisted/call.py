@@ -47,7 +47,7 @@ def assisted_call(
                 model, engine, pair, wanted, schedule, input_ids, *how, streamer=streamer, attention_mask=mask
             )
         wanted.give_back(draft, schedule)
-        return output, report, f"{engine.words()}, {wanted.words(draft)}"
+        return output, report, f"{engine.words()}, {wanted.words(draft, report.shares_cache)}"
 
     # Each engine is left as its own calls leave it.
     work = generate if draft is None else lambda: well_ended(engines[1], generate)

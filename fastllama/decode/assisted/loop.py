@@ -118,7 +118,8 @@ class Call:
         self.tally.prefill_s += self.clock.seconds(begin, self.clock.mark())
         while self.rows.going:
             self._round(keep)
-        report = self.tally.report(self.proposer.mode, self.rows.new_tokens, self.schedule.switched_off - switched_off)
+        off, shares = self.schedule.switched_off - switched_off, self.started and self.proposer.shared is not None
+        report = self.tally.report(self.proposer.mode, self.rows.new_tokens, off, shares)
         if keep:
             self._level()
         if self.streamer is not None:

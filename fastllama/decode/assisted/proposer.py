@@ -50,6 +50,7 @@ class LookupProposer:
 
     mode = "lookup"
     weighs = True  # says how sure it is of each token
+    shared = None  # holds no keys
 
     def __init__(self, prompt: Prompt, longest: int):
         rows = zip(prompt.tokens.tolist(), prompt.lengths.tolist(), strict=True)

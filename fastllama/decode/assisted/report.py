@@ -10,7 +10,8 @@ class Assisted:
     `mode`: draft, lookup, or tree, a draft whose branches split. `target_forwards` counts the prefill, whose seconds
     are in `prefill_s` with the draft's own; `draft_s` and `target_s` are the rounds after it. `accepted_tokens` of the
     `draft_tokens` proposed, by `draft_forwards` passes, stand in the text, of whose `new_tokens` the others are the
-    target's. `switched_off`: how often assistance switched itself off because it would not pay.
+    target's. `switched_off`: how often assistance switched itself off because it would not pay. `shares_cache`: the
+    draft is the target in fewer bits and went on from its keys and values.
     """
 
     mode: str
@@ -23,6 +24,7 @@ class Assisted:
     draft_s: float
     target_s: float
     switched_off: int
+    shares_cache: bool = False
 
     @property
     def acceptance(self) -> float | None:
@@ -47,5 +49,7 @@ class Tally:
     draft_s: float = 0.0
     target_s: float = 0.0
 
-    def report(self, mode: str, new_tokens: int, switched_off: int) -> Assisted:
-        return Assisted(mode=mode, new_tokens=new_tokens, switched_off=switched_off, **vars(self))
+    def report(self, mode: str, new_tokens: int, switched_off: int, shares_cache: bool) -> Assisted:
+        return Assisted(
+            mode=mode, new_tokens=new_tokens, switched_off=switched_off, shares_cache=shares_cache, **vars(self)
+        )

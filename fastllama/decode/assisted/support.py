@@ -52,9 +52,9 @@ class Asked(NamedTuple):
         if draft is not None and self.schedule == "heuristic" and self.kept_by_draft:
             draft.generation_config.num_assistant_tokens = schedule.tokens
 
-    def words(self, draft: nn.Module | None) -> str:
+    def words(self, draft: nn.Module | None, shares_cache: bool = False) -> str:
         """For people."""
-        who = "prompt lookup" if draft is None else "a draft"
+        who = "prompt lookup" if draft is None else "a draft" + " on the target's keys and values" * shares_cache
         said = f"assisted by {who}, {self.schedule} K of {'at most ' * (self.schedule == 'adaptive')}{self.tokens}"
         if self.branches == 1:
             return said

@@ -33,8 +33,11 @@ def gains(line: dict) -> list[float]:
 def foretold(lines: list[dict], acceptance: float) -> float:
     """The gain that the series' costs foretell at an acceptance, with its mean K and over its examples together."""
     reports = [report for line in lines for report in line["assisted"]["reports"]]
-    drafted = cost.drafted_a_round(reports)
-    both = [cost.seconds(line["costs"], drafted, acceptance, line["new_tokens"], cost.prefills(line)) for line in lines]
+    drafted, drafting = cost.drafted_a_round(reports), cost.a_round(reports, "draft_forwards")
+    both = [
+        cost.seconds(line["costs"], drafted, acceptance, line["new_tokens"], cost.prefills(line), drafting)
+        for line in lines
+    ]
     return sum(plain for plain, _ in both) / sum(assisted for _, assisted in both)
 
 

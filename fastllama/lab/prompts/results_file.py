@@ -8,7 +8,7 @@ import glob
 import json
 from pathlib import Path
 
-from fastllama.kernels.whole_file import of, whole
+from fastllama.kernels.whole_file import raise_named, whole
 from fastllama.lab.lines import write_all
 
 _FORMAT = 1
@@ -126,8 +126,7 @@ class _Lines:
         try:
             write_all(self._file.fileno(), line.encode())
         except OSError as fault:
-            named = of(fault, self._path)
-            raise named from (None if named is fault else fault)
+            raise_named(fault, self._path)
 
     def close(self) -> None:
         self._file.close()

@@ -93,18 +93,20 @@ def prefills(line: dict) -> tuple[float, float]:
     return median(run["first_s"] for run in line["assisted"]["unassisted"]["runs"]), line["assisted"]["prefill_s"]
 
 
-def predicted_seconds(line: dict) -> tuple[float, float] | None:
-    """(unassisted, assisted) as foretold for a measured line; None where it was not assisted."""
+def predicted_seconds(line: dict, refused: bool = True) -> tuple[float, float] | None:
+    """(unassisted, assisted) as foretold for a measured line; None where it was not assisted.
+
+    A step of the draft whose token was then not worth verifying is counted where `refused`.
+    """
     found, costs = line["assisted"], line["costs"]
     if found is None or costs is None:
         return None
     reports, share = found["reports"], found["acceptance"] or 0.0
-    # A step whose token was then not worth verifying is one too.
-    drafting = a_round(reports, "draft_forwards")
+    drafting = a_round(reports, "draft_forwards") if refused else None
     return seconds(costs, drafted_a_round(reports), share, line["new_tokens"], prefills(line), drafting)
 
 
-def predicted(line: dict) -> float | None:
+def predicted(line: dict, refused: bool = True) -> float | None:
     """The gain foretold for a measured line; None where it was not assisted."""
-    both = predicted_seconds(line)
+    both = predicted_seconds(line, refused)
     return None if both is None or not both[1] else both[0] / both[1]
