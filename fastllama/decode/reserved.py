@@ -86,8 +86,8 @@ class Reserved:
             self._step, self._addresses = step, None
             return
         # What a module that is not a plain product does may change without its weights' addresses changing.
-        capture = self.cache.shape.device.type == "cuda" and self.weights.plain
-        self._step = compiled_step(self.config.compile, capture)
+        device = self.cache.shape.device
+        self._step = compiled_step(self.config.compile, device, capture=device.type == "cuda" and self.weights.plain)
         self._addresses = None
 
     def free(self) -> None:

@@ -2,9 +2,11 @@
 
 import types
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from fastllama.kernels import instruction_sets
 from fastllama.kernels.small_kinds import Run, SmallProduct
 from fastllama.model.capture import CapturedStep, captured
 from fastllama.model.forward import step
@@ -18,11 +20,19 @@ def _own_code(function: Callable) -> Callable:
     )
 
 
-def compiled_step(mode: str, capture: bool) -> Callable:
+def _compiled(function: Callable, mode: str, device: torch.device) -> Callable:
+    # Told in each process, so that every one looks under the same key for what was compiled before.
+    options: dict[str, Any] | None = (
+        {"cpp.vec_isa_ok": True} if device.type == "cpu" and instruction_sets.are_good() else None
+    )
+    return torch.compile(_own_code(function), dynamic=mode == "dynamic", fullgraph=True, options=options)
+
+
+def compiled_step(mode: str, device: torch.device, capture: bool) -> Callable:
     """`model.forward.step` for a validated FastConfig.compile: as it is, or compiled whole (and captured on a GPU)."""
     if mode == "no":
         return step
-    compiled = torch.compile(_own_code(step), dynamic=mode == "dynamic", fullgraph=True)
+    compiled = _compiled(step, mode, device)
     return CapturedStep(compiled) if mode == "static" and capture else compiled
 
 
@@ -35,19 +45,19 @@ class CompiledRun(Run):
 
     compiles = True
 
-    def __init__(self, mode: str, capture: bool):
-        self.mode, self.capture = mode, capture
+    def __init__(self, mode: str, device: torch.device):
+        self.mode, self.device = mode, device
 
     def prepare(self, products: list[SmallProduct]) -> Callable[[torch.Tensor], list[torch.Tensor]]:
-        compiled = torch.compile(_own_code(_each), dynamic=self.mode == "dynamic", fullgraph=True)
-        if self.capture:
+        compiled = _compiled(_each, self.mode, self.device)
+        if self.mode == "static" and self.device.type == "cuda":
             return captured(compiled, products)
         return lambda x: compiled(products, x)
 
 
 def run_for(mode: str, device: torch.device) -> Run:
     """How a step of a validated FastConfig.compile runs on the device."""
-    return Run() if mode in ("no", "native") else CompiledRun(mode, mode == "static" and device.type == "cuda")
+    return Run() if mode in ("no", "native") else CompiledRun(mode, device)
 
 
 class Buckets:
