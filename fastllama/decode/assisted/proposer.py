@@ -24,6 +24,7 @@ _LAG_ON_GPU = 2  # draft steps in flight behind the question whether drafting st
 USUALLY_BEHIND = 2  # tokens: the newest, and the last proposal where all stood
 _AGREEING = 3  # the power that makes a guess of a probability, which fits small models of one family
 _CATCH_UP = 256  # tokens that a draft which was paused takes in at a time
+_FEW_PASSES = 2  # of the native step that take less time than one of the step for any number of tokens
 
 
 class Proposal(NamedTuple):
@@ -98,6 +99,7 @@ class DraftProposer:
     """
 
     mode = "draft"
+    knows_doubt = True  # says how sure it is of each token
 
     def __init__(
         self, model: nn.Module, engine: Engine, prompt: Prompt, new_tokens: int | None, processing: Processing | None,
@@ -112,11 +114,8 @@ class DraftProposer:
         self.processing, self.threshold, self.shared = processing, threshold, shared
         self.held: list[int] | None = None  # tokens of each row in the draft's cache that stand
         self._fed = 0  # proposals of the last round that are in the cache too
-
-    @property
-    def weighs(self) -> bool:
-        """Whether it says how sure it is of each token: not where the host would have to wait for that."""
-        return self.model.device.type == "cpu"
+        # Asked in each round, while a model looks through its parameters for its device.
+        self.weighs = self.knows_doubt and model.device.type == "cpu"  # elsewhere the host would have to wait
 
     @property
     def device(self) -> torch.device:
@@ -186,7 +185,9 @@ class DraftProposer:
         ids, forwards = rows.newest(behind).to(self.device), 0
         if self.last_id is not None:
             ids = ids.clamp_max(self.last_id)
-        for part in ids.split(_CATCH_UP, dim=1):
+        widest = self.engine.widest()
+        few = widest is not None and behind <= _FEW_PASSES * widest
+        for part in ids.split(widest if few else _CATCH_UP, dim=1):
             logits_BV = self.engine.step(part)[:, -1]
             forwards += 1
         return logits_BV, forwards, behind

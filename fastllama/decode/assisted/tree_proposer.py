@@ -21,7 +21,7 @@ class TreeProposer(DraftProposer):
     """
 
     mode = "tree"
-    weighs = False  # p_split says what becomes of an unsure token
+    knows_doubt = False  # p_split says what becomes of an unsure token
 
     def __init__(self, *how, p_split: float, branches: int):
         super().__init__(*how)
