@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import pickle
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from transformers.models.llama.modeling_llama import LlamaForCausalLM as Vanilla
 
 import fastllama
+from fastllama.decode.assisted.schedule import Constant
 from fastllama.demo.names import demo_folder
 from tests import drafts, small
 from tests.drafts import assistance, noisy
@@ -380,6 +382,27 @@ def test_a_draft_that_doubts_stops_early(models):
         generate(ours, prompt("one"), max_new_tokens=NEW, **kind, **GREEDY)
         counts.append(ours.assisted.draft_tokens)
     assert counts[1] < counts[0]
+
+
+@pytest.mark.parametrize("batch", ["one", "padded"])
+@pytest.mark.parametrize("pause", [2, 16, 17, 31, 40])
+def test_a_draft_that_was_paused_catches_up(models, monkeypatch, batch, pause):
+    """In native steps where few of them do, and as the step for any number of tokens does."""
+    vanilla, ours, draft = models
+    inputs, counts = prompt(batch), []
+    rows, width = inputs["input_ids"].shape
+    expected = generate(vanilla, inputs, max_new_tokens=60, **GREEDY)
+    for compile in ("no", "native"):
+        rounds = itertools.count()
+        monkeypatch.setattr(
+            Constant, "next", lambda self, *how, rounds=rounds: 0 if next(rounds) % (pause + 2) > 1 else 3
+        )
+        for model in (ours, draft):
+            reserve(model, rows, width + 64, compile)
+        found = generate(ours, inputs, max_new_tokens=60, **assistance("draft", draft, 3), **GREEDY)
+        assert torch.equal(found, expected)
+        counts.append((ours.assisted.draft_tokens, ours.assisted.accepted_tokens, ours.assisted.target_forwards))
+    assert counts[0] == counts[1] and counts[0][1] > 0
 
 
 def test_models_with_companions_are_copied_and_pickled(models):
