@@ -12,7 +12,9 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM as Vanilla
 
 import fastllama
 from fastllama.decode.assisted.schedule import Constant
+from fastllama.decode.engine import Engine
 from fastllama.demo.names import demo_folder
+from fastllama.kernels.linear import NATIVE_ROWS
 from tests import drafts, small
 from tests.drafts import assistance, noisy
 from tests.tiny import GREEDY, SAMPLED, config, generate, pair, prompt
@@ -391,6 +393,13 @@ def test_a_draft_that_was_paused_catches_up(models, monkeypatch, batch, pause):
     vanilla, ours, draft = models
     inputs, counts = prompt(batch), []
     rows, width = inputs["input_ids"].shape
+    plain, fed = Engine.step, []
+
+    def noted(self, ids, *more):
+        fed.append(ids.shape[1] * (self is not ours._engine))
+        return plain(self, ids, *more)
+
+    monkeypatch.setattr(Engine, "step", noted)
     expected = generate(vanilla, inputs, max_new_tokens=60, **GREEDY)
     for compile in ("no", "native"):
         rounds = itertools.count()
@@ -402,6 +411,9 @@ def test_a_draft_that_was_paused_catches_up(models, monkeypatch, batch, pause):
         found = generate(ours, inputs, max_new_tokens=60, **assistance("draft", draft, 3), **GREEDY)
         assert torch.equal(found, expected)
         counts.append((ours.assisted.draft_tokens, ours.assisted.accepted_tokens, ours.assisted.target_forwards))
+        whole, few = max(fed), NATIVE_ROWS // rows
+        fed.clear()
+        assert whole > pause if compile == "no" or pause + 4 > 2 * few else whole <= few
     assert counts[0] == counts[1] and counts[0][1] > 0
 
 

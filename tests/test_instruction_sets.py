@@ -28,13 +28,15 @@ def asked(monkeypatch, tmp_path):
         return found["answer"]
 
     monkeypatch.setattr(cpu_vec_isa, "valid_vec_isa_list", answer)
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", lambda: sys.executable)  # any program will do
+    instruction_sets._are_good.cache_clear()
     with config.patch({"cpp.vec_isa_ok": None}):
         yield found
-    instruction_sets.are_good.cache_clear()
+    instruction_sets._are_good.cache_clear()
 
 
 def in_a_new_process() -> bool:
-    instruction_sets.are_good.cache_clear()
+    instruction_sets._are_good.cache_clear()
     return instruction_sets.are_good()
 
 
@@ -90,8 +92,25 @@ def test_a_compiled_step_is_told_what_is_known(monkeypatch, device, good):
     assert given["fullgraph"] and given["dynamic"] is True
 
 
-def test_the_options_are_ones_that_torch_takes(monkeypatch):
-    monkeypatch.setattr(instruction_sets, "are_good", lambda: True)
+def test_the_options_are_ones_that_torch_takes():
+    if not instruction_sets.are_good():
+        pytest.skip("nothing is known here")
     doubled = compiled._compiled(lambda x: 2 * x, "static", CPU)
     assert torch.equal(doubled(torch.ones(3)), torch.full((3,), 2.0))
-    assert config.cpp.vec_isa_ok is not True  # nobody else is told
+    assert config.cpp.vec_isa_ok is None  # nobody else's setting
+
+
+@pytest.mark.parametrize("fault", [RuntimeError, FileNotFoundError, AttributeError, ImportError])
+def test_what_goes_wrong_in_asking_leaves_it_to_torch(asked, monkeypatch, fault):
+    def fails():
+        raise fault
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", fails)
+    assert not in_a_new_process()
+
+
+def test_what_the_user_says_later_counts_too(asked):
+    assert instruction_sets.are_good()
+    with config.patch({"cpp.vec_isa_ok": False}):
+        assert not instruction_sets.are_good()
+    assert instruction_sets.are_good()

@@ -78,13 +78,15 @@ def test_a_handle_may_die_anywhere(inside):
         return torch.empty_like(x)
 
     torch.library.register_fake("fastllama_tests::drop", fake, lib=library)
-    if inside == "a compilation":
-        torch.compile(compiled, backend="aot_eager")(torch.ones(3))
-    else:
-        with FakeTensorMode() as mode, in_kernel_invocation_manager(mode):
-            kept.clear()
+    try:
+        if inside == "a compilation":
+            torch.compile(compiled, backend="aot_eager")(torch.ones(3))
+        else:
+            with FakeTensorMode() as mode, in_kernel_invocation_manager(mode):
+                kept.clear()
+    finally:
+        library._destroy()
     assert not kept and number not in linear._packed and not modes.left_open()
-    library._destroy()
 
 
 def assert_product(found, x, weight, bias):

@@ -1,7 +1,8 @@
-"""Which vector instructions the compiler has for this processor: asked once on a machine.
+"""Which vector instructions the compiler has for this processor: what torch asks first is asked once on a machine.
 
-torch asks that in every process that compiles, by starting a Python process for each set of instructions: a second or
-two, of which nothing but the answer stays (torch/_inductor/cpu_vec_isa.py).
+torch asks in every process that compiles, by starting a Python process for each set of instructions and for what some
+sets have beyond their name (torch/_inductor/cpu_vec_isa.py). The former takes most of the time and is remembered here;
+the latter torch goes on asking.
 """
 
 import contextlib
@@ -10,34 +11,44 @@ import json
 import os
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 from fastllama.kernels.native import cache_folder, machine
 from fastllama.kernels.whole_file import whole
 
+_lock = threading.Lock()  # torch changes what it asks with while it asks
 
-@functools.cache
+
 def are_good() -> bool:
     """Whether code for every set that the processor names compiles and loads, now or when this machine was asked last.
 
-    False also where torch does not ask, or where it was told the answer (TORCHINDUCTOR_VEC_ISA_OK).
+    False also where torch does not ask, where that cannot be found out, or where torch was told
+    (TORCHINDUCTOR_VEC_ISA_OK).
     """
     from torch._inductor import config
 
+    with _lock:
+        return getattr(config.cpp, "vec_isa_ok", False) is None and _are_good()
+
+
+@functools.cache
+def _are_good() -> bool:
     try:
-        from torch._inductor.cpp_builder import get_cpp_compiler
-        from torch._inductor.cpu_vec_isa import supported_vec_isa_list, valid_vec_isa_list, x86_isa_checker
-        from torch._inductor.exc import InvalidCxxCompiler
-    except ImportError:  # torch's own affair, which a version may arrange otherwise
+        return sys.platform == "linux" and _were_or_are()
+    except Exception:  # torch's own affair, which a version may arrange otherwise: it asks by itself then
         return False
+
+
+def _were_or_are() -> bool:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.cpu_vec_isa import supported_vec_isa_list, valid_vec_isa_list, x86_isa_checker
+
     has = set(x86_isa_checker())
     named = [isa for isa in supported_vec_isa_list if set(str(isa).split()) <= has]
-    if sys.platform != "linux" or not has or not named or config.cpp.vec_isa_ok is not None:
+    if not named:
         return False
-    try:
-        compiler = _stamp(get_cpp_compiler())
-    except InvalidCxxCompiler:  # torch says so itself, where it compiles
-        return False
+    compiler = _stamp(get_cpp_compiler())
     path = cache_folder() / "instruction-sets" / f"{machine()}.json"
     if compiler is not None and _read(path) == compiler:
         return True
