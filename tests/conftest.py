@@ -29,6 +29,18 @@ def torch_modes():
     assert _open_modes() <= before
 
 
+@pytest.fixture(autouse=True, scope="module")
+def registration():
+    """What is compared with vanilla must not be ours by name: a module gives transformers its own class back."""
+    yield
+    if "fastllama.registration" in sys.modules:
+        import transformers
+
+        from fastllama.registration import _replaced
+
+        assert not _replaced and transformers.LlamaForCausalLM.__module__.startswith("transformers.")
+
+
 @pytest.fixture(scope="session")
 def demo_tokenizer():
     from transformers import AutoTokenizer

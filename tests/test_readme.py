@@ -12,6 +12,7 @@ import sys
 
 import pytest
 
+import fastllama
 import run_llama
 from fastllama.lab import __main__ as laboratory
 from fastllama.lab.cli import command
@@ -72,7 +73,8 @@ BLOCKS, COMMANDS = python_blocks(), commands()
 @pytest.fixture(scope="module")
 def session():
     """(how many blocks ran, their names): a block goes on where the one before it ended, as for a reader."""
-    return [0, {}]
+    yield [0, {}]
+    fastllama.unregister()  # or every "vanilla" that a later test asks the package for is ours
 
 
 @pytest.mark.parametrize("index", range(len(BLOCKS)), ids=lambda index: re.sub(r"\W+", "-", BLOCKS[index][:48]))

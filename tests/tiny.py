@@ -1,8 +1,8 @@
 """Tiny Llamas with random weights, vanilla and ours with equal values, and prompts for them."""
 
 import torch
-import transformers
 from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaForCausalLM as Vanilla  # register() replaces the other name
 
 import fastllama
 
@@ -62,7 +62,7 @@ def pair(kv_heads: int = 2, rope: str = "default", seed: int = 0, **changes):
     """(vanilla, ours) in eval mode, equal weights."""
     settings = config(kv_heads, rope, **changes)
     torch.manual_seed(seed)
-    vanilla = transformers.LlamaForCausalLM(settings).eval()
+    vanilla = Vanilla(settings).eval()
     ours = fastllama.LlamaForCausalLM(settings).eval()
     ours.load_state_dict(vanilla.state_dict())
     return vanilla, ours
