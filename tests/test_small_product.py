@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastllama.kernels import native
+from fastllama.kernels import native, small_product
 from fastllama.kernels.small_product import Small, _quantised_by_torch, dequantise, expanded, quantise, shapes
 
 pytestmark = pytest.mark.skipif(native.load() is not None, reason=f"no C++: {native.load()}")
@@ -31,9 +31,12 @@ def reference(x: torch.Tensor, product: Small) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("rows_of_x", [1, 2, 7, 8, 9, 16, 17, 40])
+@pytest.mark.parametrize("rows_of_x", [1, 2, 7, 8, 9, 16, 17, 40, 97, 130])
 @pytest.mark.parametrize(("rows", "columns"), [(16, 128), (50, 256), (300, 384)])
-def test_it_multiplies_as_the_expanded_weight_does(dtype, format, rows_of_x, rows, columns):
+@pytest.mark.parametrize("bytes", [True, False], ids=["as told", "no instruction for bytes"])
+def test_it_multiplies_as_the_expanded_weight_does(dtype, format, rows_of_x, rows, columns, bytes, monkeypatch):
+    if not bytes:
+        monkeypatch.setattr(native, "multiplies_bytes", False)
     generator = torch.Generator().manual_seed(rows_of_x)
     x = torch.randn(rows_of_x, columns, generator=generator).to(dtype)
     product = small(rows, columns, format, torch.randn(rows, generator=generator).to(dtype))
@@ -90,12 +93,35 @@ def test_rows_of_zeros_give_zeros():
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_rows_are_expanded_as_the_specification_says(format, dtype):
-    product = small(50, 256, format)
-    rows = torch.tensor([[3, 49], [0, 17]])
-    bits = 8 if format == "int8" else 4
-    made = torch.ops.fastllama_native.expand_small(*product[:2], bits, 256, rows, dtype)
-    assert torch.equal(made, dequantise(*product[:2], format, 50, 256, dtype)[rows])
+@pytest.mark.parametrize("scale", [1.0, 1e-37])  # where bf16 has denormals
+def test_rows_are_expanded_as_the_specification_says(format, dtype, scale):
+    columns = 100 if format == "int8" else 384
+    weight = torch.randn(50, columns, generator=torch.Generator().manual_seed(0)) * scale
+    quants, scales = quantise(weight, format)
+    wanted = dequantise(quants, scales, format, 50, columns, dtype)
+    for first, count in ((0, 50), (0, 3), (16, 16), (32, 18)):
+        made = torch.full((count, columns), 7.0, dtype=dtype)
+        torch.ops.fastllama_native.expand_small(quants, scales, 8 if format == "int8" else 4, first, made)
+        assert torch.equal(made, wanted[first : first + count])
+
+
+def test_many_rows_are_expanded_only_where_that_is_faster(monkeypatch):
+    taken = []
+    by_expanding = small_product._natively_expanded
+    monkeypatch.setattr(small_product, "_natively_expanded", lambda *args: taken.append(1) or by_expanding(*args))
+    product = small(32, 64, "int8")
+
+    def expands(rows: int, dtype: torch.dtype) -> bool:
+        taken.clear()
+        product(torch.randn(rows, 64).to(dtype))
+        assert bool(taken) == small_product.expands(rows, dtype)
+        return bool(taken)
+
+    monkeypatch.setattr(native, "multiplies_bytes", True)
+    assert [expands(rows, torch.bfloat16) for rows in (16, 17, 96, 97)] == [False, False, False, True]
+    assert not expands(400, torch.float32) and not expands(400, torch.float16)
+    monkeypatch.setattr(native, "multiplies_bytes", False)
+    assert [expands(rows, torch.float32) for rows in (16, 17)] == [False, True]
 
 
 def test_compiled_it_is_one_operator():
@@ -109,10 +135,9 @@ def test_what_does_not_belong_together_is_refused():
     for x, bits, rows in ((torch.randn(1, 128), 8, 32), (torch.randn(1, 64), 4, 32), (torch.randn(1, 64), 8, 64)):
         with pytest.raises(RuntimeError, match="small weight"):
             multiply(x, quants, scales, None, bits, rows)
-    with pytest.raises(RuntimeError, match="more than the 16"):
-        multiply(torch.randn(17, 64), quants, scales, None, 8, 32)
-    with pytest.raises(IndexError):
-        torch.ops.fastllama_native.expand_small(quants, scales, 8, 64, torch.tensor([32]), torch.float32)
+    for first, count in ((32, 1), (16, 17), (8, 8), (-16, 16)):
+        with pytest.raises(IndexError):
+            torch.ops.fastllama_native.expand_small(quants, scales, 8, first, torch.empty(count, 64))
 
 
 @pytest.mark.parametrize("format", FORMATS)

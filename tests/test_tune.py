@@ -93,6 +93,14 @@ def test_what_may_not_be_packed_is_the_next_best(packs, monkeypatch):
     assert chooser("packed")(weight(), False) == "stock"
 
 
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_small_weights_stay_in_cpp_for_any_number_of_rows(format):
+    """Which expands them itself where that is faster; torch's own expansion takes many times as long."""
+    assert chooser("auto", 1).small(format, 64, 128, False) == "native"
+    assert chooser("auto", NATIVE_ROWS + 1).small(format, 64, 128, False) == "native"
+    assert chooser("stock", NATIVE_ROWS + 1).small(format, 64, 128, False) == "expanded"
+
+
 def test_the_native_product_takes_few_rows():
     assert chooser("native", NATIVE_ROWS)(weight(), True) == "native"
     with pytest.raises(ValueError, match="products='native' cannot be honoured: 17 rows are more than the 16"):

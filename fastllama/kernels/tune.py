@@ -94,11 +94,11 @@ class Chooser:
         self.require_small(format, columns)
         native = native_obstacle(format, self.device) is None
         if native and self.wanted in ("auto", "native"):
-            return "native" if self.rows <= NATIVE_ROWS else "expanded"
+            return "native"  # which expands, tile by tile, where rows are many
         if self.wanted == "packed" and may_pack:
             return "packed"
         if self.wanted != "auto":
-            return "native" if native and self.wanted != "stock" and self.rows <= NATIVE_ROWS else "expanded"
+            return "native" if native and self.wanted != "stock" else "expanded"
         candidates = ["expanded"]
         if may_pack and packed_obstacle(format, self.device, self.dtype, columns) is None:
             candidates.append("packed")

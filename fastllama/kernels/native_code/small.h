@@ -18,7 +18,7 @@ constexpr int64_t kFixed = 32;        // columns of x that share a scale
 constexpr float kMost = 32639;        // 127 x 256 + 127: the largest number of two signed bytes
 constexpr float kLeast = 1e-34f;      // where all of a block's numbers are smaller, it counts as zero
 constexpr int64_t kLanes = 16;        // rows of W in a tile
-constexpr int64_t kFewRows = 16;      // rows of x that the product is for
+constexpr int64_t kAtOnce = 8;        // rows of x that a tile is unpacked for
 
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 
@@ -189,41 +189,21 @@ constexpr auto small_tiles(std::integer_sequence<int, M...>) {
 // Tiles begin .. end - 1 of W: calls emit(m, n, y).
 template <typename Emit>
 void multiply_small(const Fixed& x, const SmallMatrix& w, int64_t begin, int64_t end, const Emit& emit) {
-  constexpr int64_t kAtOnce = 8;  // rows of x that a tile is unpacked for
   constexpr auto eight = small_tiles<8>(std::make_integer_sequence<int, kAtOnce>{});
   constexpr auto four = small_tiles<4>(std::make_integer_sequence<int, kAtOnce>{});
   const int64_t passes = (x.rows + kAtOnce - 1) / kAtOnce;
-  f32x16 y[kFewRows];
+  f32x16 y[kAtOnce];
   for (int64_t t = begin; t < end; ++t) {
-    for (int64_t p = 0; p < passes; ++p) {
-      const int64_t row = x.rows * p / passes, rows = x.rows * (p + 1) / passes - row;
-      (w.bits == 8 ? eight : four)[rows - 1](x, row, w, t, y + row);
-    }
     const int64_t last = std::min(kLanes, w.N - t * kLanes);
-    for (int64_t m = 0; m < x.rows; ++m)
-      for (int64_t r = 0; r < last; ++r) {
-        const int64_t n = t * kLanes + r;
-        emit(m, n, y[m][r] + (w.bias ? w.bias[n] : 0.f));
-      }
-  }
-}
-
-// Row n of W as K numbers.
-template <typename T>
-inline void expand_row(const SmallMatrix& w, int64_t n, T* to) {
-  const int64_t tile = n / kLanes, lane = n % kLanes, columns = 32 / w.bits;
-  const uint8_t* from = w.quants + tile * w.tile_bytes() + lane * 4;
-  for (int64_t k = 0; k < w.K; k += columns, from += kLine) {
-    const int64_t count = std::min(columns, w.K - k);
-    float numbers[8], shared;
-    if (w.bits == 8) {
-      for (int j = 0; j < 4; ++j) numbers[j] = (float)((int)from[j] - 128);
-      shared = ((const float*)w.scales)[tile * kLanes + lane];
-    } else {
-      for (int j = 0; j < 4; ++j) numbers[j] = (float)((from[j] & 15) - 8), numbers[4 + j] = (float)((from[j] >> 4) - 8);
-      shared = float(((const at::Half*)w.scales)[(tile * (w.K / w.group) + k / w.group) * kLanes + lane]);
+    for (int64_t p = 0; p < passes; ++p) {  // a tile stays in the cache while all rows pass
+      const int64_t row = x.rows * p / passes, rows = x.rows * (p + 1) / passes - row;
+      (w.bits == 8 ? eight : four)[rows - 1](x, row, w, t, y);
+      for (int64_t m = 0; m < rows; ++m)
+        for (int64_t r = 0; r < last; ++r) {
+          const int64_t n = t * kLanes + r;
+          emit(row + m, n, y[m][r] + (w.bias ? w.bias[n] : 0.f));
+        }
     }
-    for (int64_t j = 0; j < count; ++j) to[k + j] = T(numbers[j] * shared);
   }
 }
 

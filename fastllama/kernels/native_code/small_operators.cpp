@@ -6,10 +6,12 @@
 #include <atomic>
 
 #include "checks.h"
-#include "small.h"
+#include "small_expand.h"
 #include "small_quantise.h"
 
 namespace {
+
+constexpr int64_t kShared = 128;  // rows of x that are kept in fixed point while all of W passes
 
 at::Tensor linear_small(const at::Tensor& input, const at::Tensor& quants, const at::Tensor& scales,
                         const std::optional<at::Tensor>& bias, int64_t bits, int64_t out_features) {
@@ -17,7 +19,6 @@ at::Tensor linear_small(const at::Tensor& input, const at::Tensor& quants, const
   std::optional<at::Tensor> wide;
   if (bias) wide = bias->to(at::kFloat).contiguous();
   const SmallMatrix w = small_matrix(quants, scales, wide, bits, out_features, K);
-  TORCH_CHECK(M <= kFewRows, "linear_small: ", M, " rows are more than the ", kFewRows, " it is for");
   auto sizes = input.sizes().vec();
   sizes.back() = w.N;
   at::Tensor out = at::empty(sizes, input.options().memory_format(at::MemoryFormat::Contiguous));
@@ -26,35 +27,40 @@ at::Tensor linear_small(const at::Tensor& input, const at::Tensor& quants, const
   typed(x, [&](auto zero) {
     using T = decltype(zero);
     thread_local Fixed fixed;
-    const Fixed& shared = fixed;
-    fixed.shape(M, K);
-    for (int64_t m = 0; m < M; ++m) take_row(fixed, m, x.const_data_ptr<T>() + m * K, K);
-    T* y = out.mutable_data_ptr<T>();
-    at::parallel_for(0, w.tiles(), std::max<int64_t>(1, 16384 / (K * M * kLanes)), [&](int64_t begin, int64_t end) {
-      multiply_small(shared, w, begin, end, [&](int64_t m, int64_t n, float value) { y[m * w.N + n] = T(value); });
-    });
+    Fixed& shared = fixed;  // each thread has one of its own
+    for (int64_t row = 0; row < M; row += kShared) {
+      const int64_t rows = std::min(kShared, M - row);
+      const T* from = x.const_data_ptr<T>() + row * K;
+      T* y = out.mutable_data_ptr<T>() + row * w.N;
+      shared.shape(rows, K);
+      at::parallel_for(0, rows, std::max<int64_t>(1, 65536 / K), [&](int64_t begin, int64_t end) {
+        for (int64_t m = begin; m < end; ++m) take_row(shared, m, from + m * K, K);
+      });
+      at::parallel_for(0, w.tiles(), std::max<int64_t>(1, 16384 / (K * rows * kLanes)), [&](int64_t begin, int64_t end) {
+        multiply_small(shared, w, begin, end, [&](int64_t m, int64_t n, float value) { y[m * w.N + n] = T(value); });
+      });
+    }
   });
   return out;
 }
 
-at::Tensor expand_small(const at::Tensor& quants, const at::Tensor& scales, int64_t bits, int64_t in_features,
-                        const at::Tensor& rows, at::ScalarType dtype) {
-  const SmallMatrix w = small_matrix(quants, scales, std::nullopt, bits, quants.size(0) * kLanes, in_features);
-  TORCH_CHECK(rows.scalar_type() == at::kLong && rows.is_contiguous(), "expand_small: rows must be int64");
-  auto sizes = rows.sizes().vec();
-  sizes.push_back(w.K);
-  at::Tensor out = at::empty(sizes, scales.options().dtype(dtype));
-  const int64_t* wanted = rows.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < rows.numel(); ++i)
-    TORCH_CHECK_INDEX(wanted[i] >= 0 && wanted[i] < w.N, "expand_small: row ", wanted[i], " is not below ", w.N);
+// Writes rows first, first + 1, ... to `out` [count, K]; first is a tile's.
+void expand_small(const at::Tensor& quants, const at::Tensor& scales, int64_t bits, int64_t first, const at::Tensor& out) {
+  TORCH_CHECK(out.dim() == 2 && out.is_contiguous(), "expand_small: out must be a contiguous matrix");
+  const SmallMatrix w = small_matrix(quants, scales, std::nullopt, bits, quants.size(0) * kLanes, out.size(1));
+  const int64_t count = out.size(0);
+  TORCH_CHECK_INDEX(first >= 0 && first % kLanes == 0 && first + count <= w.N, "expand_small: ", count, " rows from ", first,
+                    " on are not among ", w.N, ", or begin within a tile");
   typed(out, [&](auto zero) {
     using T = decltype(zero);
     T* to = out.mutable_data_ptr<T>();
-    at::parallel_for(0, rows.numel(), std::max<int64_t>(1, 16384 / std::max<int64_t>(1, w.K)), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) expand_row(w, wanted[i], to + i * w.K);
+    at::parallel_for(0, (count + kLanes - 1) / kLanes, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t rows = std::min(kLanes, count - t * kLanes), tile = first / kLanes + t;
+        (w.bits == 8 ? expand_tile<8, T> : expand_tile<4, T>)(w, tile, rows, to + t * kLanes * w.K);
+      }
     });
   });
-  return out;
 }
 
 // Writes a float weight to quants and scales; false where it holds NaN or infinities.
@@ -82,11 +88,21 @@ bool quantise_small(const at::Tensor& weight, int64_t bits, const at::Tensor& qu
   return finite;
 }
 
+// Whether the processor has an instruction for sums of products of bytes, on which linear_small lives.
+bool multiplies_bytes() {
+#if defined(__AVX512VNNI__)
+  return true;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(fastllama_native, library) {
+  library.def("multiplies_bytes() -> bool", &multiplies_bytes);
   library.def("linear_small(Tensor x, Tensor quants, Tensor scales, Tensor? bias, int bits, int out_features) -> Tensor");
-  library.def("expand_small(Tensor quants, Tensor scales, int bits, int in_features, Tensor rows, ScalarType dtype) -> Tensor");
+  library.def("expand_small(Tensor quants, Tensor scales, int bits, int first, Tensor(a!) out) -> ()");
   library.def("quantise_small(Tensor weight, int bits, Tensor(a!) quants, Tensor(b!) scales) -> bool");
 }
 TORCH_LIBRARY_IMPL(fastllama_native, CPU, library) {

@@ -12,7 +12,7 @@
 
 #include "barrier.h"
 #include "quantise.h"
-#include "small.h"
+#include "small_expand.h"
 
 namespace {
 
