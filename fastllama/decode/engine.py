@@ -13,11 +13,10 @@ from fastllama.cache.rows import gather_positions
 from fastllama.decode.binding import chooser, require_weights
 from fastllama.decode.chunks import automatic_chunk
 from fastllama.decode.context.choose import positions_needed, require_context
-from fastllama.decode.prompt import Prompt
+from fastllama.decode.prompt import Prompt, at_ends
 from fastllama.decode.reservation import bytes_for, implicit_length, require_fit, same_but_longer, shape_for
 from fastllama.decode.reserved import Reserved
 from fastllama.decode.texts import Texts
-from fastllama.kernels.linear import NATIVE_ROWS
 from fastllama.model.capture import CapturedStep
 from fastllama.model.config import FastConfig
 from fastllama.model.forward import prefill_chunk, step
@@ -122,6 +121,9 @@ class Engine(Reserved):
         tokens_BP, lengths = prompt.tokens.to(device), prompt.lengths.to(device)
         batch, total = tokens_BP.shape[:2]
         size = chunk or self.config.prefill_chunk or automatic_chunk(batch, total, device.type)
+        natively = self.few(total) if tokens_BP.dim() == 2 and total <= size and self.context is None else None
+        if natively is not None:
+            return self._prefill_few(prompt, tokens_BP, lengths, natively)
         cos_BPD, sin_BPD = self.rotary.for_prompt(total, prompt.columns, prompt.width, chunk)
         last_BE, edges = None, [*range(0, total, size), total]
         self._written = max(prompt.longest, self._written)  # however far it comes
@@ -137,15 +139,23 @@ class Engine(Reserved):
             tokens = tokens_BP[:, part]
             hidden = self.weights.embed(tokens) if tokens.dim() == 2 else tokens.to(self.cache.shape.dtype)
             hidden = prefill_chunk(self.weights, self.cache, hidden, cos_BPD[:, part], sin_BPD[:, part], past)
-            ends = (lengths - 1 - past).clamp(0, hidden.shape[1] - 1)
-            here_BE = hidden[torch.arange(batch, device=device), ends]
-            inside = (lengths - 1 >= past)[:, None]
-            last_BE = here_BE if last_BE is None else torch.where(inside, here_BE, last_BE)
-        valid = torch.zeros_like(self.cache.valid_past_index)
-        valid[:batch] = lengths
-        self._set_valid_past(valid)
-        self._rows, self._used = batch, prompt.longest
+            last_BE = at_ends(last_BE, hidden, lengths, past)
+        self._hold_prompt(lengths, prompt.longest)
         return self.weights.lm_head(self.weights.norm(last_BE[:, None]))[:, 0]
+
+    def _prefill_few(self, prompt: Prompt, tokens_BP: torch.Tensor, lengths: torch.Tensor, size: int) -> torch.Tensor:
+        """The same by native steps of `size` tokens a row: they read what is behind a row's end, which nothing uses."""
+        last_BV = None
+        for past in range(0, prompt.longest, size):
+            last_BV = at_ends(last_BV, self.step(tokens_BP[:, past : past + size]), lengths, past)
+        self._hold_prompt(lengths, prompt.longest)
+        return last_BV
+
+    def _hold_prompt(self, lengths: torch.Tensor, longest: int) -> None:
+        valid = torch.zeros_like(self.cache.valid_past_index)
+        valid[: len(lengths)] = lengths
+        self._set_valid_past(valid)
+        self._rows, self._used = len(lengths), longest
 
     def step(self, ids_BQ: torch.Tensor, branching: Branching | None = None) -> torch.Tensor:
         """Logits [B, Q, V] of the newest tokens, after storing them. `branching`: they are of a tree."""
@@ -261,10 +271,6 @@ class Engine(Reserved):
         """Moves a branch of a tree that began at `start` of the row to its beginning: what lies at start + places."""
         if places != list(range(len(places))):
             gather_positions(self.cache, row, [start + place for place in places], start)
-
-    def widest(self) -> int | None:
-        """Tokens of a row that the native step takes at once; None where it does not run."""
-        return None if self._native is None else max(NATIVE_ROWS // self.cache.shape.batch_size, 1)
 
     def _set_valid_past(self, valid_past_index: torch.Tensor) -> None:
         self.cache.set_valid_past(valid_past_index)

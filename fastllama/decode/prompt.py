@@ -1,6 +1,6 @@
 """Prompt: rows of different length without their padding.
 
-Legend: B batch, T padded prompt length, P longest real prompt, E hidden size.
+Legend: B batch, T padded prompt length, P longest real prompt, Q tokens of one pass, E hidden size.
 """
 
 from typing import NamedTuple
@@ -43,3 +43,10 @@ def unpad(tokens: torch.Tensor, attention_mask: torch.Tensor | None) -> Prompt:
     columns_BP = torch.argsort((~real_BT).to(torch.int8), dim=1, stable=True)[:, :longest]
     index = columns_BP if tokens.dim() == 2 else columns_BP[..., None].expand(-1, -1, tokens.shape[2])
     return Prompt(tokens.gather(1, index), lengths, longest, width, columns_BP)
+
+
+def at_ends(last_BX: torch.Tensor | None, part_BQX: torch.Tensor, lengths: torch.Tensor, past: int) -> torch.Tensor:
+    """What belongs to each row's last token, of the tokens from `past` on; what came before where it ended earlier."""
+    ends = (lengths - 1 - past).clamp(0, part_BQX.shape[1] - 1)
+    here_BX = part_BQX[torch.arange(len(part_BQX), device=part_BQX.device), ends]
+    return here_BX if last_BX is None else torch.where((lengths - 1 >= past)[:, None], here_BX, last_BX)

@@ -15,6 +15,7 @@ from fastllama.decode.cache_device import words as device_words
 from fastllama.decode.context.choose import context_for
 from fastllama.decode.context.choose import words as context_words
 from fastllama.decode.turn import Result, Turn, in_turn, require_free
+from fastllama.kernels.linear import NATIVE_ROWS
 from fastllama.model.capture import CapturedStep
 from fastllama.model.compiled import Buckets, compiled_step
 from fastllama.model.config import FastConfig
@@ -26,6 +27,10 @@ from fastllama.model.weights import Weights
 
 # A reservation on first use takes no time for compiling or measuring, and leaves the weights where they are.
 IMPLICIT = FastConfig(products="stock")
+
+# Of the native step, that take a text in no later than one pass for any number of tokens, on models of 1 M to 1.1 G
+# numbers in any of the types that it multiplies.
+_FEW_PASSES = 2
 
 
 class Reserved:
@@ -136,6 +141,15 @@ class Reserved:
                 self._step.reset()
             self._addresses = addresses
 
+    def widest(self) -> int | None:
+        """Tokens of a row that the native step takes at once; None where it does not run."""
+        return None if self._native is None else max(NATIVE_ROWS // self.cache.shape.batch_size, 1)
+
+    def few(self, tokens: int) -> int | None:
+        """Tokens of a row at a time, where native steps take so many in soonest; None where they do not."""
+        widest = self.widest()
+        return widest if widest is not None and tokens <= _FEW_PASSES * widest else None
+
     def words(self) -> str:
         """Which path runs, for people."""
         kind = "preallocated" if self.explicit else "preallocated on first use"
@@ -148,5 +162,7 @@ class Reserved:
             attention = f", {self.cache.words}"
         elif self.weights.prompt_attention == "native":
             attention += ", C++ prompt attention"
+        if self._native is not None and self.context is None:  # which has its own way with a prompt
+            attention += f", prompts of up to {_FEW_PASSES * self.widest()} tokens in native steps"
         attention += device_words(self.config, self.rotary.device)
         return f"{kind}, {how}, {self.weights.words}{attention}{context_words(self.config, self.context)}"

@@ -24,7 +24,6 @@ _LAG_ON_GPU = 2  # draft steps in flight behind the question whether drafting st
 USUALLY_BEHIND = 2  # tokens: the newest, and the last proposal where all stood
 _AGREEING = 3  # the power that makes a guess of a probability, which fits small models of one family
 _CATCH_UP = 256  # tokens that a draft which was paused takes in at a time
-_FEW_PASSES = 2  # of the native step: no slower than one of the step for any number, on drafts of 1 M to 160 M numbers
 
 
 class Proposal(NamedTuple):
@@ -185,9 +184,7 @@ class DraftProposer:
         ids, forwards = rows.newest(behind).to(self.device), 0
         if self.last_id is not None:
             ids = ids.clamp_max(self.last_id)
-        widest = self.engine.widest()
-        few = widest is not None and behind <= _FEW_PASSES * widest
-        for part in ids.split(widest if few else _CATCH_UP, dim=1):
+        for part in ids.split(self.engine.few(behind) or _CATCH_UP, dim=1):
             logits_BV = self.engine.step(part)[:, -1]
             forwards += 1
         return logits_BV, forwards, behind
