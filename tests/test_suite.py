@@ -12,7 +12,7 @@ from fastllama.lab.measuring import start
 from fastllama.lab.pictures import curve
 from fastllama.lab.records import readme, record, schema
 from fastllama.lab.suite import __main__ as suite
-from fastllama.lab.suite import beside, rounds, suite_file, suite_lines
+from fastllama.lab.suite import beside, rounds, small_rounds, suite_file, suite_lines
 from fastllama.lab.suite.line import NOT_COMPARED, Bound, Case, Line, Measured, judge
 from tests.fake_records import COMMIT, fake_record, make_repository, point
 from tests.test_measure import write_tiny
@@ -127,6 +127,18 @@ def test_rows_take_turns_on_one_copy_of_the_weights(tiny, light):
         addresses = [[weight.data_ptr() for weight in lane.model.parameters()] for lane in (first, second)]
         assert addresses[0] == addresses[1] and first.model is not second.model
         assert held.prompt(3, 20).lengths == [20, 20, 20]
+
+
+def test_prompts_are_read_in_turns(tiny, light, monkeypatch):
+    monkeypatch.setattr(small_rounds, "_SHORT", (4, 24))
+    monkeypatch.setattr(small_rounds, "_WEIGHTS", ("int8",))  # its matrices are too narrow for groups
+    measured = small_rounds.prompts(case_of(tiny, prompt_length=40, runs=3), "cpu")
+    sizes = [f"{name}_{size}" for size in (4, 24, 40) for name in ("own", "int8")]
+    taken = measured.samples["prefill_s"]
+    assert list(taken) == sizes and all(len(times) == 3 and min(times) > 0 for times in taken.values())
+    ratios = {name for name in measured.figures if name.endswith("_ratio")}
+    assert ratios == {f"int8_prompt_{size}_ratio" for size in (4, 24, 40)}
+    assert measured.checks == [("fp32", "exact"), ("fp32", "lossy")]
 
 
 def test_what_a_lane_gets_wrong_is_seen(tiny, monkeypatch):

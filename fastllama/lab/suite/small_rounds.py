@@ -1,5 +1,7 @@
 """Lines of low precision: small weights and small caches beside the model's own floats, in turns."""
 
+import time
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -7,6 +9,7 @@ import torch
 
 from fastllama.lab.measuring import checkpoint
 from fastllama.lab.measuring.ceiling import Ceiling, step_bytes
+from fastllama.lab.measuring.contestant import synchronize
 from fastllama.lab.memory import memory
 from fastllama.lab.points.point import Point
 from fastllama.lab.points.workload import Workload
@@ -18,6 +21,7 @@ from fastllama.lab.suite.rounds import Lane, Stable, ratio, stable, take_turns
 _OWN = "own"  # the lane in the model's own floats
 _WEIGHTS, _CACHES = ("int8", "int4"), ("int8", "q8_0", "q4_0")
 _SPARE = 96
+_SHORT = 24, 128  # prompt tokens: in native steps, and where a block of weights is widened
 _QUALITY_TOKENS = 20_000
 
 
@@ -61,6 +65,43 @@ def weights(case: Case, device: str) -> Measured:
         figures[f"{name}_ms"] = 1000 * median(seconds)
     figures["ceiling_gb_per_s"] = ceiling.gb_per_s
     return Measured(figures, samples={"step_s": taken}, checks=checks)
+
+
+@dataclass
+class Reading:
+    """A lane that reads the first P tokens of its prompt."""
+
+    name: str
+    lane: Lane
+    length: int
+
+    def seconds(self, steps: int = 1) -> float:
+        """Of one prefill, whatever `steps` says."""
+        model = self.lane.model
+        ids_1P = self.lane.prompt.input_ids[:, : self.length].to(model.device)
+        synchronize(model.device)
+        start = time.perf_counter()
+        model.prefill(ids_1P)
+        synchronize(model.device)
+        return time.perf_counter() - start
+
+
+def prompts(case: Case, device: str) -> Measured:
+    """Reading a prompt with int8 and with int4 weights beside reading it with floats: short, longer, the case's."""
+    with stable(case, device) as held:
+        length = case.prompt_length
+        lanes = [held.lane(_OWN, 1, length, length + _SPARE)]
+        lanes += [held.loaded(name, 1, length, length + _SPARE, weights=name) for name in _WEIGHTS]
+        sizes = (*_SHORT, length)
+        taken = take_turns([Reading(f"{lane.name}_{size}", lane, size) for size in sizes for lane in lanes], case.runs)
+        checks = _compared(held, lanes[0])
+    figures = {
+        f"{name}_prompt_{size}_ratio": ratio(taken, f"{name}_{size}", f"{_OWN}_{size}")
+        for size in sizes
+        for name in _WEIGHTS
+    }
+    figures |= {f"{name}_ms": 1000 * median(seconds) for name, seconds in taken.items()}
+    return Measured(figures, samples={"prefill_s": taken}, checks=checks)
 
 
 def beside_llama_cpp(case: Case, device: str) -> Measured:

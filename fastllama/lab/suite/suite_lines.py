@@ -35,6 +35,7 @@ _START = (
 )
 
 _SMALL = "a step with int8 and with int4 weights beside one with floats: {model} {dtype}, {prompt_length} in use"
+_SMALL_PROMPTS = "prompts of 24 to {prompt_length} tokens with int8 and int4 weights beside floats: {model} {dtype}"
 _CACHES = "a step with small caches beside one with floats in it: {model} {dtype}, {prompt_length} in use"
 _NEIGHBOUR = "a step beside llama.cpp on the same weights in q8_0 and q4_0: {model} {dtype}, {prompt_length} in use"
 _QUALITY = "what small weights and small caches cost against vanilla in fp32, 20,000 held-out tokens: {model} {dtype}"
@@ -50,6 +51,12 @@ _CACHE_BOUNDS = (
 )
 # What is fast and computes something else is not reached: about four times what the formats' rounding was seen to do.
 _SAME_FUNCTION = (_most("int8_logits_apart", 0.05), _most("int4_logits_apart", 0.3))
+
+_PROMPT_BOUNDS = tuple(
+    _most(f"{name}_prompt_{size}_ratio", most)
+    for size, most in ((24, 1.25), (128, 1.5), (1000, 1.25))
+    for name in ("int8", "int4")
+)
 
 # What several rows are fastest with; one row is faster with the native step.
 _PACKED: dict[str, Any] = {"compile": "static", "products": "packed"}
@@ -167,6 +174,13 @@ CPU = (
         small_rounds.weights,
         Case(_TINYLLAMA, "bf16", runs=10),
         quick=Case(_160M, "bf16", runs=2),
+    ),
+    Line(
+        "small-weights-prompts",
+        _SMALL_PROMPTS,
+        _PROMPT_BOUNDS,
+        small_rounds.prompts,
+        Case(_TINYLLAMA, "bf16", prompt_length=1000, runs=5),
     ),
     Line(
         "llama.cpp",
