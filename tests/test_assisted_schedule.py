@@ -10,6 +10,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from fastllama.decode.assisted import proposer
 from fastllama.decode.assisted.chances import Chances
 from fastllama.decode.assisted.schedule import Adaptive, Constant, Heuristic, Weighing, expected_tokens
+from fastllama.decode.assisted.starts import Starts
 from tests import drafts
 from tests.tiny import GREEDY, SAMPLED, generate, pair, prompt
 
@@ -369,3 +370,39 @@ def test_what_is_not_worth_verifying_was_not_drawn(models, unclocked, monkeypatc
     assert answers.count(False) > 1
     # One draw right after each answer that let a token in, and none after the others.
     assert drawn == [number for number, answer in enumerate(answers, 1) if answer]
+
+
+def learnt(acceptance: float, draft_s: float) -> Adaptive:
+    schedule = Adaptive(8)
+    drive(schedule, 40, acceptance, draft_s)
+    return schedule
+
+
+def test_a_draft_is_not_started_where_its_prompt_costs_more_than_the_call_can_save():
+    schedule = learnt(0.9, 0.05)
+    assert schedule.worth_starting(1000, 5)  # nothing is known yet
+    schedule.has_started(1000, 4.0)  # plain steps take a second
+    before = schedule.switched_off
+    assert schedule.worth_starting(1000, 50) and schedule.worth_starting(1000, None)
+    assert schedule.worth_starting(10, 3)  # a prompt of a hundredth of the length
+    assert not schedule.worth_starting(1000, 3)
+    assert schedule.switched_off == before + 1
+    assert Constant(4).worth_starting(1000, 1)
+
+
+def test_what_is_not_started_is_tried_again_ever_less_often():
+    starts = Starts()
+    starts.took(100, 1.0)
+    tried = [place for place in range(60) if starts.worth(100, 0.5)]
+    assert tried == [1, 4, 9, 18, 35, 52]
+    assert starts.worth(100, 2.0) and not starts.worth(100, 0.5) and starts.worth(100, 0.5)
+
+
+def test_what_a_prompt_costs_is_known_by_its_length():
+    starts = Starts()
+    assert starts.cost(50) == 0
+    for seconds in (9.0, 0.4, 0.5):  # the first was disturbed
+        starts.took(4, seconds)
+    starts.took(1000, 10.0)
+    assert starts.cost(5) == pytest.approx(5 * 0.125)
+    assert starts.cost(900) == pytest.approx(9.0) and starts.cost(4000) == pytest.approx(40.0)

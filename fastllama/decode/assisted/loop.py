@@ -105,11 +105,13 @@ class Call:
         self.device = engine.cache.shape.device
         self.clock, self.tally = Clock(self.device), Tally()
         self.draft_clock = Clock(torch.device("cpu")) if proposer.mode == "lookup" else Clock(proposer.model.device)
-        self.started, self.streamed = False, rows.width
+        self.started, self.declined, self.streamed = False, False, rows.width
+        self.reads = 0  # tokens of all prompts
 
     def run(self, prompt, chunk: int | None, keep: bool) -> Assisted:
         """Writes the rows. `keep`: the cache is asked for, and holds all rows to the same column at the end."""
         switched_off = self.schedule.switched_off
+        self.reads = self.rows.batch * prompt.longest
         begin = self.clock.mark()
         self.engine.begin(self.rows.batch)
         logits_BV = self.engine.prefill(prompt, chunk)
@@ -200,6 +202,8 @@ class Call:
 
     def _most(self) -> int:
         """Tokens to propose in this round: as scheduled, as far as they may be written and there is room for them."""
+        if self.declined:
+            return 0
         # A tree never is one call of the native step, so nothing is gained by what fits one.
         widest = None if self.proposer.mode == "tree" else self.engine.widest()
         most = self.schedule.next(widest, self.proposer.weighs)
@@ -211,9 +215,14 @@ class Call:
         if most < 1:
             return 0
         if not self.started:  # a draft that is never asked never reads the prompt
+            if not self.schedule.worth_starting(self.reads, left):
+                self.declined = True
+                return 0
             begin = self.draft_clock.mark()
             self.proposer.start()
-            self.tally.prefill_s += self.draft_clock.seconds(begin, self.draft_clock.mark())
+            seconds = self.draft_clock.seconds(begin, self.draft_clock.mark())
+            self.tally.prefill_s, self.tally.draft_prefill_s = self.tally.prefill_s + seconds, seconds
+            self.schedule.has_started(self.reads, seconds)
             self.started = True
         room = self.proposer.most(self.rows)
         return most if room is None else min(most, room)

@@ -8,10 +8,10 @@ class Assisted:
     """Counts and seconds of one `generate` call; rows of a batch count together.
 
     `mode`: draft, lookup, or tree, a draft whose branches split. `target_forwards` counts the prefill, whose seconds
-    are in `prefill_s` with the draft's own; `draft_s` and `target_s` are the rounds after it. `accepted_tokens` of the
-    `draft_tokens` proposed, by `draft_forwards` passes, stand in the text, of whose `new_tokens` the others are the
-    target's. `switched_off`: how often assistance switched itself off because it would not pay. `shares_cache`: the
-    draft is the target in fewer bits and went on from its keys and values.
+    are in `prefill_s` with the draft's own (`draft_prefill_s`); `draft_s` and `target_s` are the rounds after it.
+    `accepted_tokens` of the `draft_tokens` proposed, by `draft_forwards` passes, stand in the text, of whose
+    `new_tokens` the others are the target's. `switched_off`: how often assistance switched itself off because it would
+    not pay. `shares_cache`: the draft is the target in fewer bits and went on from its keys and values.
     """
 
     mode: str
@@ -25,6 +25,7 @@ class Assisted:
     target_s: float
     switched_off: int
     shares_cache: bool = False
+    draft_prefill_s: float = 0.0
 
     @property
     def acceptance(self) -> float | None:
@@ -48,6 +49,7 @@ class Tally:
     prefill_s: float = 0.0
     draft_s: float = 0.0
     target_s: float = 0.0
+    draft_prefill_s: float = 0.0
 
     def report(self, mode: str, new_tokens: int, switched_off: int, shares_cache: bool) -> Assisted:
         return Assisted(

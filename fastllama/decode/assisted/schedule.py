@@ -3,6 +3,7 @@
 from collections import deque
 
 from fastllama.decode.assisted.chances import Chances
+from fastllama.decode.assisted.starts import Starts
 
 SCHEDULES = ("constant", "heuristic", "heuristic_transient", "adaptive")
 _MEMORY = 7  # timings of each width whose median counts, the lower one of two: what disturbs only adds
@@ -33,6 +34,16 @@ class Constant:
     def weighing(self, rows: int) -> "Weighing | None":
         """What ends a round whose next token would not pay, for so many rows; None where nothing does."""
         return None
+
+    def worth_starting(self, tokens: int, left: int | None) -> bool:
+        """Whether a call pays in which the proposer first reads `tokens` of prompts, for `left` to be written in a row.
+
+        `left` None: nobody knows how many.
+        """
+        return True
+
+    def has_started(self, tokens: int, seconds: float) -> None:
+        """The proposer has read so many tokens of prompts in so many seconds."""
 
     def record(self, width: int, target_s: float, drafts: int, draft_s: float, accepted: list[tuple[int, int]]) -> None:
         """A round: the target's step over `width` tokens, the draft's `drafts` steps, (accepted, proposed) a row.
@@ -73,6 +84,7 @@ class Adaptive:
         self.step_s: dict[int, deque[float]] = {}
         self.usual_s: dict[int, float] = {}  # the median of each
         self.pause, self.pause_left, self.rounds = _FIRST_PAUSE, 0, 0
+        self.starts = Starts()
         self.chances = Chances()
         self.written, self.spent = 0.0, 0.0  # tokens a row and seconds of the weighed rounds, the newest count most
         self.current: Weighing | None = None
@@ -141,6 +153,20 @@ class Adaptive:
         if weighed and self.spent:
             return self.written * self.cost(1) < self.spent
         return self.speed(tokens) < 1.0
+
+    def worth_starting(self, tokens: int, left: int | None) -> bool:
+        """As `Constant.worth_starting`; where it does not pay, this counts as switched off."""
+        if left is None:
+            return True
+        best = max(range(1, self.most + 1), key=self.speed)
+        pace = self.pace() if self.spent else max(self.speed(best), 1.0) / self.cost(1)
+        worth = self.starts.worth(tokens, left * (self.cost(1) - 1 / pace))
+        self.switched_off += not worth
+        return worth
+
+    def has_started(self, tokens: int, seconds: float) -> None:
+        """As `Constant.has_started`."""
+        self.starts.took(tokens, seconds)
 
     def weighing(self, rows: int) -> "Weighing":
         """As `Constant.weighing`: for the round that comes next."""

@@ -24,6 +24,7 @@ VERDICTS = ("exact", "tie", "half", "drawn", "differs")
 _COUNTS = ("new_tokens", "draft_tokens", "accepted_tokens", "target_forwards", "draft_forwards", "switched_off")
 _SECONDS = ("prefill_s", "draft_s", "target_s")
 REPORT = {"mode": word(*MODES), **dict.fromkeys(_COUNTS, small_count), **dict.fromkeys(_SECONDS, number)}
+_LATER_REPORT = {"draft_prefill_s": number}  # which reports of earlier versions lack
 FIGURES = (
     "speedup_end_to_end",
     "acceptance",
@@ -71,7 +72,7 @@ assert set(NAMES) == {*OPTIONS, *_LATER} and set(LATER) == set(_LATER)
 
 def report_of(told) -> dict:
     """What `model.assisted` tells after a call, as plain numbers."""
-    return {field: getattr(told, field) for field in REPORT}
+    return {field: getattr(told, field) for field in REPORT | _LATER_REPORT}
 
 
 def gain(runs: list[dict], unassisted: list[dict]) -> float:
@@ -119,7 +120,8 @@ def check_point(point: dict, check_runs, check_divergence, tolerance: tuple[floa
     stored, sizes = point["assisted"], (point["batch_size"], point["new_tokens"])
     check(stored, _STORED | _later(stored), "assisted.", closed=True)
     for index, report in enumerate(stored["reports"]):
-        check(report, REPORT, f"assisted.reports[{index}].", closed=True)
+        later = {field: kind for field, kind in _LATER_REPORT.items() if field in report}
+        check(report, REPORT | later, f"assisted.reports[{index}].", closed=True)
         if report["accepted_tokens"] > report["draft_tokens"]:
             raise ValueError(f"field assisted.reports[{index}] accepts more tokens than were drafted")
     plain = stored["unassisted"]
