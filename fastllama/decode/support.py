@@ -45,16 +45,19 @@ def model_obstacle(model: nn.Module) -> str | None:
         if kinds != (LlamaDecoderLayer, LlamaAttention, LlamaMLP):
             return "a decoder layer was replaced"
     for module in model.modules():
-        if "forward" in vars(module) and not spread.is_spread(module):
+        own = vars(module)
+        if "forward" in own and not spread.is_spread(module):
             return "a module's forward was replaced"
-        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        if hasattr(module, "_hf_hook") or any(hook.__module__ != _IDLE_HOOKS for hook in hooks):
+        if "_hf_hook" in own or any(map(_acts, (own["_forward_hooks"], own["_forward_pre_hooks"]))):
             return "a module carries a forward hook"
-    # Asking a module whose weight is packed would bring the weight back.
-    loose = (module for module in model.modules() if not is_released(module))
-    if any(p is not None and p.is_meta for module in loose for p in module._parameters.values()):
-        return "weights are not loaded (meta device)"
+        # Asking a module whose weight is packed would bring the weight back.
+        if not is_released(module) and any(p is not None and p.is_meta for p in own["_parameters"].values()):
+            return "weights are not loaded (meta device)"
     return spread.obstacle(model)
+
+
+def _acts(hooks: dict) -> bool:
+    return any(hook.__module__ != _IDLE_HOOKS for hook in hooks.values())
 
 
 def call_obstacle(model: nn.Module, generation_config, synced_gpus: bool, inputs: dict) -> str | None:
