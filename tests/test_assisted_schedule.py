@@ -406,3 +406,16 @@ def test_what_a_prompt_costs_is_known_by_its_length():
     starts.took(1000, 10.0)
     assert starts.cost(5) == pytest.approx(5 * 0.125)
     assert starts.cost(900) == pytest.approx(9.0) and starts.cost(4000) == pytest.approx(40.0)
+
+
+@pytest.mark.parametrize("batch", ["one", "padded"])
+def test_a_call_that_does_not_start_its_draft_is_the_unassisted_one(batch, monkeypatch):
+    vanilla, ours, draft = drafts.trio()
+    inputs = prompt(batch)
+    expected = generate(vanilla, inputs, max_new_tokens=NEW, **GREEDY)
+    adaptive = {"assistant_model": draft, "num_assistant_tokens_schedule": "adaptive"}
+    monkeypatch.setattr(Starts, "worth", lambda *how: False)
+    monkeypatch.setattr(proposer.DraftProposer, "start", lambda self: pytest.fail("it was started"))
+    assert torch.equal(generate(ours, inputs, max_new_tokens=NEW, **adaptive, **GREEDY), expected)
+    told = ours.assisted
+    assert (told.draft_tokens, told.draft_prefill_s, told.switched_off) == (0, 0.0, 1)

@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+from statistics import median
 
 import pytest
 import torch
@@ -183,6 +184,22 @@ def test_a_line_that_cannot_be_trusted_is_refused(lines, change, says):
         file.check_line(digest.seal(wrong), "here")
     assert says in str(fault.value)
     file.check_line(lines[0], "here")
+
+
+def test_the_foretold_gain_counts_whole_calls_on_both_sides(lines):
+    """And of lines that earlier versions wrote, the passes alone of the assisted call."""
+    line = copy.deepcopy(lines[0])
+    reports = line["assisted"]["reports"]
+    assert all(0 < report["draft_prefill_s"] < report["prefill_s"] for report in reports)
+    plain, own = cost.prefills(line)
+    firsts = [run["first_s"] for run in line["runs"]]
+    assert own == median(firsts) + median(report["draft_prefill_s"] for report in reports)
+    assert plain == median(run["first_s"] for run in line["assisted"]["unassisted"]["runs"])
+    for report in reports:
+        del report["draft_prefill_s"]
+    assert cost.prefills(line) == (plain, line["assisted"]["prefill_s"])
+    line["predicted_speedup"] = cost.predicted(line)
+    file.check_line(digest.seal(line), "here")
 
 
 def test_lines_of_the_first_schema_foretold_without_refused_steps(lines):
