@@ -380,11 +380,17 @@ def learnt(acceptance: float, draft_s: float) -> Adaptive:
 
 def test_a_draft_is_not_started_where_its_prompt_costs_more_than_the_call_can_save():
     schedule = learnt(0.9, 0.05)
-    assert schedule.worth_starting(1000, 5)  # nothing is known yet
-    schedule.has_started(1000, 4.0)  # plain steps take a second
+    for _ in range(2):
+        assert schedule.worth_starting(1000, 5)  # a first prompt takes longer than others do: one says nothing
+        schedule.has_started(1000, 4.0)  # plain steps take a second
     before = schedule.switched_off
     assert schedule.worth_starting(1000, 50) and schedule.worth_starting(1000, None)
     assert schedule.worth_starting(10, 3)  # a prompt of a hundredth of the length
+    loses = learnt(0.05, 0.3)
+    for _ in range(2):
+        loses.has_started(1000, 4.0)
+    assert not loses.worth_starting(1000, 500)
+    assert loses.worth_starting(10, 3)  # it is less than a step: whether to pause is asked in the call
     assert not schedule.worth_starting(1000, 3)
     assert schedule.switched_off == before + 1
     assert Constant(4).worth_starting(1000, 1)
@@ -392,6 +398,8 @@ def test_a_draft_is_not_started_where_its_prompt_costs_more_than_the_call_can_sa
 
 def test_what_is_not_started_is_tried_again_ever_less_often():
     starts = Starts()
+    starts.took(100, 1.0)
+    assert starts.worth(100, 0.5)
     starts.took(100, 1.0)
     tried = [place for place in range(60) if starts.worth(100, 0.5)]
     assert tried == [1, 4, 9, 18, 35, 52]
@@ -404,6 +412,8 @@ def test_what_a_prompt_costs_is_known_by_its_length():
     for seconds in (9.0, 0.4, 0.5):  # the first was disturbed
         starts.took(4, seconds)
     starts.took(1000, 10.0)
+    assert starts.cost(1000) == pytest.approx(1000 * 0.125)
+    starts.took(1000, 10.0)
     assert starts.cost(5) == pytest.approx(5 * 0.125)
     assert starts.cost(900) == pytest.approx(9.0) and starts.cost(4000) == pytest.approx(40.0)
 
@@ -414,7 +424,7 @@ def test_a_call_that_does_not_start_its_draft_is_the_unassisted_one(batch, monke
     inputs = prompt(batch)
     expected = generate(vanilla, inputs, max_new_tokens=NEW, **GREEDY)
     adaptive = {"assistant_model": draft, "num_assistant_tokens_schedule": "adaptive"}
-    monkeypatch.setattr(Starts, "worth", lambda *how: False)
+    monkeypatch.setattr(Starts, "cost", lambda self, tokens: 1e9)
     monkeypatch.setattr(proposer.DraftProposer, "start", lambda self: pytest.fail("it was started"))
     assert torch.equal(generate(ours, inputs, max_new_tokens=NEW, **adaptive, **GREEDY), expected)
     told = ours.assisted

@@ -270,6 +270,19 @@ def test_a_native_step_is_one_row_and_the_words_say_so():
     assert "its time cannot be told apart by part" in told and "down product 0.05 MB" in told
 
 
+@pytest.mark.skipif(native.load() is not None, reason=str(native.load()))
+def test_a_short_prompt_in_native_steps_is_one_row_too():
+    one, inputs = contestant("ours", compile="native"), tiny.prompt("three", 8)
+    _, first, decode, _ = traced(one, Prompt(inputs["input_ids"], inputs["attention_mask"]))
+    made = shape_of(one, [8] * 3, NEW)
+    (whole,) = (row for row in rows(first, made, 1.0) if row["part"] == "native step")
+    assert whole["calls"] == 2 and not any(part in first.rows for part in PRODUCTS)
+    twice = {part: 2 * made.calls(part) for part in (*PRODUCTS, "norm")}
+    assert whole["bytes"] == sum(made.prefill_bytes(twice).values())
+    assert prefill_words(first, made, Measured(1.0, 2.0, 10.0, 0.1))
+    assert "native step" in decode.rows
+
+
 def test_a_compiled_step_is_neither_marked_inside_nor_compiled_again():
     from torch._dynamo.utils import counters
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastllama.decode.engine import Engine
+from fastllama import FastConfig
 from fastllama.kernels import native
 from fastllama.model.native_step import NativeStep
 from tests.tiny import GREEDY, VOCAB, generate, pair
@@ -40,7 +40,8 @@ CASES = [
     (3, [9, 2, 10], [(3, 5), (3, 5)]),
     (3, [11, 2, 9], []),
     (4, [3, 5], [(4, 4), (4, 1)]),  # two rows of the cache are idle
-    (16, [1, 2, 2], [(16, 1), (16, 1)]),
+    (16, [1, 2] * 4, [(16, 1), (16, 1)]),
+    (16, [1, 2, 2], []),  # too many rows would idle
 ]
 
 
@@ -113,9 +114,61 @@ def test_what_goes_in_another_way(passes):
     assert (1, 12) not in passes and "prompts of up to" not in ours.path
 
 
-def test_an_id_beyond_the_vocabulary_is_refused():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_halves_and_small_weights(dtype, weights, passes, tmp_path):
+    """Rounding alone tells them apart from what Python computes."""
+    _, ours = pair(head_dim=32)
+    ours = ours.to(dtype)
+    if weights is not None:
+        ours.save_pretrained(tmp_path)
+        ours = type(ours).from_pretrained(tmp_path, fast=FastConfig(weights=weights), dtype=dtype)
+    ours.preallocate(4, 64, compile="native")
+    given = inputs([7, 2, 8])
+    found = ours.prefill(**given).float()
+    assert passes == [(4, 4), (4, 4)]
+    ours.preallocate(4, 64, compile="no")
+    expected = ours.prefill(**given).float()
+    rms = (found - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+    assert rms.item() < 5 * torch.finfo(dtype).eps  # of a few roundings in each of two layers
+
+
+def test_a_prompt_that_fills_the_cache(passes):
+    vanilla, ours = pair()
+    given = inputs([32])
+    ours.preallocate(1, 32, compile="native")
+    expected = generate(vanilla, given, max_new_tokens=1, **GREEDY)
+    assert torch.equal(generate(ours, given, max_new_tokens=1, **GREEDY), expected) and passes == [(1, 16), (1, 16)]
+
+
+@pytest.mark.parametrize("length", [3, 33])
+def test_ids_of_32_bits(length):
     _, ours = pair()
+    given = inputs([length])
     ours.preallocate(1, 64, compile="native")
+    expected = ours.prefill(**given)
+    assert torch.equal(ours.prefill(given["input_ids"].int(), given["attention_mask"]), expected)
+
+
+@pytest.mark.parametrize("place", [1, 20])  # in the first pass, and in the second
+def test_an_id_beyond_the_vocabulary_is_refused(place):
+    vanilla, ours = pair()
+    ours.preallocate(1, 64, compile="native")
+    given = inputs([24])
+    wrong = given["input_ids"].clone()
+    wrong[0, place] = VOCAB
     with pytest.raises(IndexError, match="not below the vocabulary"):
-        ours.prefill(torch.tensor([[3, VOCAB]]))
-    assert isinstance(ours._engine, Engine) and ours.valid_past_index.tolist() == [0]
+        ours.prefill(wrong)
+    with pytest.raises(ValueError, match="call prefill"):
+        ours.step(torch.tensor([[3]]))
+    expected = generate(vanilla, given, max_new_tokens=20, **GREEDY)
+    assert torch.equal(generate(ours, given, max_new_tokens=20, **GREEDY), expected)
+
+
+def test_the_words_promise_it_only_where_it_happens():
+    _, ours = pair()
+    ours.preallocate(1, 64, compile="native", prefill_chunk=16)
+    ours.generate(**inputs([4]), max_new_tokens=2, **GREEDY)
+    assert "prompts of up to 16 tokens in native steps" in ours.path
+    ours.generate_many([[3, 4, 5]], max_new_tokens=2, **GREEDY)
+    assert "native step" in ours.path and "prompts of up to" not in ours.path

@@ -129,6 +129,12 @@ def test_compiled_it_is_one_operator():
     assert torch.equal(torch.compile(product.__call__, fullgraph=True)(x), product(x))
 
 
+def test_compiled_many_rows_are_multiplied_by_the_expanded_weight():
+    product, x = small(48, 64, "int4"), torch.randn(97, 64).bfloat16()
+    y = torch.compile(product.__call__, fullgraph=True)(x)
+    assert error(y, reference(x, product)) < TOLERANCE[torch.bfloat16]
+
+
 def test_what_does_not_belong_together_is_refused():
     quants, scales = quantise(torch.randn(32, 64), "int8")
     multiply = torch.ops.fastllama_native.linear_small

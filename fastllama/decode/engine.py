@@ -121,9 +121,11 @@ class Engine(Reserved):
         tokens_BP, lengths = prompt.tokens.to(device), prompt.lengths.to(device)
         batch, total = tokens_BP.shape[:2]
         size = chunk or self.config.prefill_chunk or automatic_chunk(batch, total, device.type)
-        natively = self.few(total) if tokens_BP.dim() == 2 and total <= size and self.context is None else None
+        # Rows that idle cost what the others do.
+        busy = 2 * batch >= self.cache.shape.batch_size and tokens_BP.dim() == 2
+        natively = self.few(total) if busy and total <= size and self.context is None else None
         if natively is not None:
-            return self._prefill_few(prompt, tokens_BP, lengths, natively)
+            return self._prefill_few(tokens_BP, lengths, natively)
         cos_BPD, sin_BPD = self.rotary.for_prompt(total, prompt.columns, prompt.width, chunk)
         last_BE, edges = None, [*range(0, total, size), total]
         self._written = max(prompt.longest, self._written)  # however far it comes
@@ -143,12 +145,15 @@ class Engine(Reserved):
         self._hold_prompt(lengths, prompt.longest)
         return self.weights.lm_head(self.weights.norm(last_BE[:, None]))[:, 0]
 
-    def _prefill_few(self, prompt: Prompt, tokens_BP: torch.Tensor, lengths: torch.Tensor, size: int) -> torch.Tensor:
+    def _prefill_few(self, tokens_BP: torch.Tensor, lengths: torch.Tensor, size: int) -> torch.Tensor:
         """The same by native steps of `size` tokens a row: they read what is behind a row's end, which nothing uses."""
-        last_BV = None
-        for past in range(0, prompt.longest, size):
-            last_BV = at_ends(last_BV, self.step(tokens_BP[:, past : past + size]), lengths, past)
-        self._hold_prompt(lengths, prompt.longest)
+        batch, total = tokens_BP.shape
+        tokens_RP, last_BV = self._with_idle(tokens_BP.to(torch.int64)), None
+        self._written = max(total, self._written)  # however far it comes
+        for past in range(0, total, size):
+            logits_BQV = self._native(tokens_RP[:, past : past + size].contiguous())[:batch]
+            last_BV = at_ends(last_BV, logits_BQV, lengths, past)
+        self._hold_prompt(lengths, total)
         return last_BV
 
     def _hold_prompt(self, lengths: torch.Tensor, longest: int) -> None:
@@ -164,10 +169,9 @@ class Engine(Reserved):
         rows, tokens = ids_BQ.shape
         used = self._used + tokens
         self._written = max(used, self._written)  # also where an interruption cuts it short
-        if rows < cache.shape.batch_size:  # idle rows write at position 0 and are ignored
-            idle = ids_BQ.new_zeros(cache.shape.batch_size - rows, tokens)
-            ids_BQ = torch.cat((ids_BQ, idle))
-            branching = None if branching is None else branching.padded(len(idle))
+        ids_BQ = self._with_idle(ids_BQ)
+        if branching is not None and len(ids_BQ) > rows:
+            branching = branching.padded(len(ids_BQ) - rows)
         if self.context is not None:
             self.context.before_step(cache, self.rotary, self._used)
         if branching is None and self._native is not None and self._native.takes(*ids_BQ.shape):
@@ -199,6 +203,11 @@ class Engine(Reserved):
         )
         self._used = used
         return logits[:rows]
+
+    def _with_idle(self, ids_BQ: torch.Tensor) -> torch.Tensor:
+        """With a token 0 for the cache's rows that the call has not got: they write where nothing looks."""
+        idle = self.cache.shape.batch_size - len(ids_BQ)
+        return torch.cat((ids_BQ, ids_BQ.new_zeros(idle, ids_BQ.shape[1]))) if idle else ids_BQ
 
     def _offsets(self, tokens: int) -> torch.Tensor | int:
         return 0 if tokens == 1 else self.cache.positions[:tokens]

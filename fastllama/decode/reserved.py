@@ -150,8 +150,8 @@ class Reserved:
         widest = self.widest()
         return widest if widest is not None and tokens <= _FEW_PASSES * widest else None
 
-    def words(self) -> str:
-        """Which path runs, for people."""
+    def words(self, whole_prompts: bool = True) -> str:
+        """Which path runs, for people. `whole_prompts`: they went through `prefill`."""
         kind = "preallocated" if self.explicit else "preallocated on first use"
         how, attention = f"{self.config.compile} compile", ", SDPA by kv group"
         if self._native is not None:
@@ -162,7 +162,8 @@ class Reserved:
             attention = f", {self.cache.words}"
         elif self.weights.prompt_attention == "native":
             attention += ", C++ prompt attention"
-        if self._native is not None and self.context is None:  # which has its own way with a prompt
-            attention += f", prompts of up to {_FEW_PASSES * self.widest()} tokens in native steps"
+        if self._native is not None and self.context is None and whole_prompts:  # a context has its own way with them
+            few = min(_FEW_PASSES * self.widest(), self.config.prefill_chunk or _FEW_PASSES * NATIVE_ROWS)
+            attention += f", prompts of up to {few} tokens in native steps"
         attention += device_words(self.config, self.rotary.device)
         return f"{kind}, {how}, {self.weights.words}{attention}{context_words(self.config, self.context)}"

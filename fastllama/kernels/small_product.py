@@ -152,7 +152,8 @@ class Small(NamedTuple):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if expands(rows_of(x), x.dtype):
-            return _natively_expanded(x, *self)
+            # In a compiled step torch's own expansion is one block, which the compiler fuses.
+            return expanded(x, *self) if torch.compiler.is_compiling() else _natively_expanded(x, *self)
         bits = WEIGHTS[self.format].bits
         return torch.ops.fastllama_native.linear_small(x, self.quants, self.scales, self.bias, bits, self.out_features)
 

@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig
 
 from fastllama.cache.budget import CacheShape
-from fastllama.kernels.small_product import EXPANDED_NUMBERS, check, expands, shapes
+from fastllama.kernels.small_product import EXPANDED_NUMBERS, check, shapes
 from fastllama.kernels.small_weights import head_format
 
 _MLP_ROWS = 256  # rows that a prefill takes through an MLP at a time on a CPU
@@ -108,10 +108,8 @@ def prefill_bytes(config: LlamaConfig, shape: CacheShape, tokens: int, past: int
     attention = count * (2 * hidden + (queries + 2 * keys) + 4 * (queries + keys))  # at the rotation
     mlp = count * 2 * hidden + at_once * (3 * inner + 2 * hidden)
     held = max(attention, mlp) * itemsize
-    if weights is not None and device != "cpu":  # a block of a matrix at a time is widened
-        held += EXPANDED_NUMBERS * (4 + 4 + itemsize)
-    elif weights is not None and expands(count, shape.dtype):  # in C++, at once to the model's dtype
-        held += EXPANDED_NUMBERS * itemsize
+    if weights is not None:  # a block of a matrix at a time is widened, in C++ at once to the model's dtype
+        held += EXPANDED_NUMBERS * (itemsize if device == "cpu" else 4 + 4 + itemsize)
     if device != "cpu" and not shape.is_plain:
         held += _SCORES_BYTES
     elif device != "cpu" and past:

@@ -156,7 +156,7 @@ class Adaptive:
 
     def worth_starting(self, tokens: int, left: int | None) -> bool:
         """As `Constant.worth_starting`; where it does not pay, this counts as switched off."""
-        if left is None:
+        if left is None or self.starts.cost(tokens) <= self.cost(1):  # that little, no whole call is given up for
             return True
         best = max(range(1, self.most + 1), key=self.speed)
         pace = self.pace() if self.spent else max(self.speed(best), 1.0) / self.cost(1)

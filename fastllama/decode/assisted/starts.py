@@ -18,10 +18,14 @@ class Starts:
         self.seconds.setdefault(tokens.bit_length(), deque(maxlen=_MEMORY)).append(seconds / tokens)
 
     def cost(self, tokens: int) -> float:
-        """Seconds that so many tokens will take, by what lengths nearest to them took; 0 where nothing is known."""
-        if not self.seconds:
+        """Seconds that so many tokens will take, by what lengths nearest to them took; 0 where nothing is known.
+
+        A single timing says nothing: a first prompt also packs the weights and makes the cache.
+        """
+        lengths = [length for length, known in self.seconds.items() if len(known) > 1]
+        if not lengths:
             return 0.0
-        nearest = min(self.seconds, key=lambda length: abs(length - tokens.bit_length()))
+        nearest = min(lengths, key=lambda length: abs(length - tokens.bit_length()))
         known = sorted(self.seconds[nearest])
         return tokens * known[(len(known) - 1) // 2]
 

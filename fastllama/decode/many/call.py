@@ -87,7 +87,7 @@ def run_many(
             if any(row.rules.do_sample for row in rows):
                 together.share_draws(model)
             _run(model, engine, rows, count, chunk, shared_prefix, Chooser(model.device), keep)
-            words = f"{engine.words()}, {count} slots"
+            words = f"{engine.words(whole_prompts=False)}, {count} slots"
         return results, words
 
     return require_free([engine.fast], lambda: well_ended(engine, generate), "generate_many cannot run")

@@ -1,4 +1,4 @@
-// y = x W^T + b for few rows of x and a W of 8 or 4 bits a number, at the speed at which memory gives W.
+// y = x W^T + b for a W of 8 or 4 bits a number; for few rows of x, at the speed at which memory gives W.
 //
 // Legend: M rows of x, N rows of W, K columns of both. W lies in tiles of 16 rows: a line of memory holds, for each of
 // the 16, the same 4 columns (8 bits) or 8 columns (4 bits), so no sum is ever taken across a vector.

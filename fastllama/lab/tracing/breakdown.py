@@ -185,6 +185,10 @@ def _prefill(children: list):
 
 def bytes_of(phase: Phase, shape: Shape) -> dict[str, int]:
     """Bytes that one step, or the prefill, moves, by part; where a call is the whole step, in one row."""
+    if not phase.steps and "native step" in phase.rows:
+        passes = phase.rows["native step"].calls
+        moved = shape.prefill_bytes({part: passes * shape.calls(part) for part in (*PRODUCTS, "norm")})
+        return {"native step": sum(moved.values())}
     if not phase.steps:
         calls = {part: phase.rows[part].calls for part in (*PRODUCTS, "norm")}
         return shape.prefill_bytes(calls)
