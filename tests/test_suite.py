@@ -138,6 +138,7 @@ def test_prompts_are_read_in_turns(tiny, light, monkeypatch):
     assert list(taken) == sizes and all(len(times) == 3 and min(times) > 0 for times in taken.values())
     ratios = {name for name in measured.figures if name.endswith("_ratio")}
     assert ratios == {f"int8_prompt_{size}_ratio" for size in (4, 24, 40)}
+    assert 0 < measured.figures["int8_logits_apart"] < 0.1
     assert measured.checks == [("fp32", "exact"), ("fp32", "lossy")]
 
 

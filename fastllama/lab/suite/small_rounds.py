@@ -93,6 +93,7 @@ def prompts(case: Case, device: str) -> Measured:
         lanes = [held.lane(_OWN, 1, length, length + _SPARE)]
         lanes += [held.loaded(name, 1, length, length + _SPARE, weights=name) for name in _WEIGHTS]
         sizes = (*_SHORT, length)
+        apart = {lane.name: max(_apart(*_read(size, lane, lanes[0])) for size in sizes) for lane in lanes[1:]}
         taken = take_turns([Reading(f"{lane.name}_{size}", lane, size) for size in sizes for lane in lanes], case.runs)
         checks = _compared(held, lanes[0])
     figures = {
@@ -100,8 +101,14 @@ def prompts(case: Case, device: str) -> Measured:
         for size in sizes
         for name in _WEIGHTS
     }
+    figures |= {f"{name}_logits_apart": value for name, value in apart.items()}
     figures |= {f"{name}_ms": 1000 * median(seconds) for name, seconds in taken.items()}
     return Measured(figures, samples={"prefill_s": taken}, checks=checks)
+
+
+def _read(size: int, *lanes: Lane) -> list[torch.Tensor]:
+    """The logits [V] that follow the first `size` tokens of each lane's prompt."""
+    return [lane.model.prefill(lane.prompt.input_ids[:, :size].to(lane.model.device))[0] for lane in lanes]
 
 
 def beside_llama_cpp(case: Case, device: str) -> Measured:

@@ -178,7 +178,7 @@ CPU = (
     Line(
         "small-weights-prompts",
         _SMALL_PROMPTS,
-        _PROMPT_BOUNDS,
+        (*_PROMPT_BOUNDS, *_SAME_FUNCTION),
         small_rounds.prompts,
         Case(_TINYLLAMA, "bf16", prompt_length=1000, runs=5),
     ),
