@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "small_rows.h"
+#include "group.h"
 
 namespace fastllama {
 

@@ -211,14 +211,4 @@ void attend_rows(const float* query, float scale, const Keys& keys, const Values
   for (int r = 0; r < R; ++r) out.total[r] = sum(totals[r]);
 }
 
-// As the number of rows makes it fastest. `units` of one or two rows are as `attend` has them.
-template <typename T, int V, typename Keys, typename Values>
-void attend_group(const float* units, float scale, const Keys& keys, const Values& values, int64_t begin, int64_t end,
-                  const int64_t* seen, int R, const Partial& out) {
-  const auto* query = (const typename Pairs<T, V>::Stored*)units;
-  if (R == 1) return attend<T, V, 1>(query, scale, keys, values, begin, end, seen, out);
-  if (R == 2) return attend<T, V, 2>(query, scale, keys, values, begin, end, seen, out);
-  attend_rows<T, V>(units, scale, keys, values, begin, end, seen, R, out);
-}
-
 }  // namespace

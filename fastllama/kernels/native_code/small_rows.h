@@ -255,29 +255,6 @@ void attend_small_rows(const float* query, float scale, const Run& keys, const R
   for (int r = 0; r < R; ++r) out.total[r] = sum(totals[r]);
 }
 
-// Where both sides are small. `units` as rows of T where T is multiplied in pairs, else fp32.
-template <typename T, int V>
-void attend_group(const float* units, float scale, const Expanded<T, V>& keys, const Expanded<T, V>& values, int64_t begin,
-                  int64_t end, const int64_t* seen, int R, const Partial& out) {
-  const bool small = !is_float(keys.run.format) && !is_float(values.run.format);
-  if (!small || (R > 2 && std::is_same_v<T, float>))
-    return attend_group<T, V, Expanded<T, V>, Expanded<T, V>>(units, scale, keys, values, begin, end, seen, R, out);
-  thread_local std::vector<float> wide;
-  const float* query = units;
-  if constexpr (kNumbers<T, V> == 2) {
-    wide.resize((int64_t)R * V * 16);
-    for (int64_t i = 0; i < (int64_t)R * V; ++i) {
-      const f32x16 x = Wide<T>::weight((const T*)units + 16 * i);
-      __builtin_memcpy(&wide[16 * i], &x, 64);
-    }
-    query = wide.data();
-  }
-  if (R == 1) return attend_small<V, 1>(query, scale, keys.run, values.run, begin, end, seen, out);
-  if (R == 2) return attend_small<V, 2>(query, scale, keys.run, values.run, begin, end, seen, out);
-  if constexpr (!std::is_same_v<T, float>)
-    attend_small_rows<V>(query, scale, keys.run, values.run, begin, end, seen, R, out);
-}
-
 }  // namespace
 
 #endif

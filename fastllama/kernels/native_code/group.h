@@ -1,0 +1,55 @@
+// Which code attends: by the number of query rows of a kv head, and by what its keys and values are stored as.
+//
+// Legend: R query rows of one kv head (group x new tokens), D head dim, V = D / 16.
+
+#pragma once
+
+#include "lanes.h"
+#include "small_rows.h"
+
+namespace {
+
+// As the number of rows makes it fastest. `units` of one or two rows are as `attend` has them.
+template <typename T, int V, typename Keys, typename Values>
+void attend_group(const float* units, float scale, const Keys& keys, const Values& values, int64_t begin, int64_t end,
+                  const int64_t* seen, int R, const Partial& out) {
+  const auto* query = (const typename Pairs<T, V>::Stored*)units;
+  if (R == 1) return attend<T, V, 1>(query, scale, keys, values, begin, end, seen, out);
+  if (R == 2) return attend<T, V, 2>(query, scale, keys, values, begin, end, seen, out);
+#if defined(FASTLLAMA_LANES)
+  if constexpr (kNumbers<T, V> == 2) {
+    if (R <= kLanes / 2) return attend_lanes<T, V, kLanes / 2>(units, scale, keys, values, begin, end, seen, R, out);
+    if (R <= kLanes) return attend_lanes<T, V, kLanes>(units, scale, keys, values, begin, end, seen, R, out);
+  }
+#endif
+  attend_rows<T, V>(units, scale, keys, values, begin, end, seen, R, out);
+}
+
+#if defined(FASTLLAMA_SMALL_BLOCKS)
+
+// Where both sides are small. `units` as rows of T where T is multiplied in pairs, else fp32.
+template <typename T, int V>
+void attend_group(const float* units, float scale, const Expanded<T, V>& keys, const Expanded<T, V>& values, int64_t begin,
+                  int64_t end, const int64_t* seen, int R, const Partial& out) {
+  const bool small = !is_float(keys.run.format) && !is_float(values.run.format);
+  if (!small || (R > 2 && std::is_same_v<T, float>))
+    return attend_group<T, V, Expanded<T, V>, Expanded<T, V>>(units, scale, keys, values, begin, end, seen, R, out);
+  thread_local std::vector<float> wide;
+  const float* query = units;
+  if constexpr (kNumbers<T, V> == 2) {
+    wide.resize((int64_t)R * V * 16);
+    for (int64_t i = 0; i < (int64_t)R * V; ++i) {
+      const f32x16 x = Wide<T>::weight((const T*)units + 16 * i);
+      __builtin_memcpy(&wide[16 * i], &x, 64);
+    }
+    query = wide.data();
+  }
+  if (R == 1) return attend_small<V, 1>(query, scale, keys.run, values.run, begin, end, seen, out);
+  if (R == 2) return attend_small<V, 2>(query, scale, keys.run, values.run, begin, end, seen, out);
+  if constexpr (!std::is_same_v<T, float>)
+    attend_small_rows<V>(query, scale, keys.run, values.run, begin, end, seen, R, out);
+}
+
+#endif
+
+}  // namespace
