@@ -37,6 +37,8 @@ def specification(query, keys, values, past, scale):
 SHAPES = {
     "one token": {"tokens": 1},
     "one token after others": {"tokens": 1, "past": 70},
+    "one token of a group of 8": {"tokens": 1, "past": 150, "heads": 16, "kv_heads": 2},
+    "three tokens of a group of 2": {"tokens": 3, "past": 126, "heads": 4, "kv_heads": 2},
     "a whole block": {"tokens": 64},
     "a block and one": {"tokens": 65, "batch": 2},
     "an odd number in the last block": {"tokens": 75, "past": 64},

@@ -152,7 +152,25 @@ def test_rows_of_very_different_lengths():
         )
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 40])
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("format", FORMATS)
+def test_tokens_that_see_nothing_of_a_block(format, dtype, threads):
+    for group, lengths in itertools.product((1, 2, 8), ([5, 70, 200], [200, 1, 64], [1030, 3, 520])):
+        query = torch.randn(1, 3, 2 * group, 64).to(dtype)
+        x = torch.randn(1, 2, 1030, 64).to(dtype)
+        parts, seen = filled(format, x), torch.tensor([lengths])
+        read = stored.expand(parts, format, torch.float32)
+        bound = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(
+            attend(query, parts, format, parts, format, seen).float(),
+            specification(query.float(), read, read, seen),
+            rtol=bound,
+            atol=bound,
+        )
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 40])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("format", FORMATS)
 def test_hidden_positions_weigh_nothing(format, dtype, tokens):
@@ -163,7 +181,7 @@ def test_hidden_positions_weigh_nothing(format, dtype, tokens):
     assert torch.equal(attend(query, filled(format, x), format, filled(format, x), format, seen), first)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 40])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 40])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("size", [0.0, 1e-7, 300.0])
@@ -178,7 +196,7 @@ def test_zeros_small_and_large_numbers(size, format, dtype, tokens):
     assert (found.float() - expected).abs().max() <= bound + least
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 9])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 9])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

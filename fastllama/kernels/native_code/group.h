@@ -5,7 +5,7 @@
 #pragma once
 
 #include "lanes.h"
-#include "small_rows.h"
+#include "small_lanes.h"
 
 namespace {
 
@@ -46,8 +46,16 @@ void attend_group(const float* units, float scale, const Expanded<T, V>& keys, c
   }
   if (R == 1) return attend_small<V, 1>(query, scale, keys.run, values.run, begin, end, seen, out);
   if (R == 2) return attend_small<V, 2>(query, scale, keys.run, values.run, begin, end, seen, out);
-  if constexpr (!std::is_same_v<T, float>)
+  if constexpr (!std::is_same_v<T, float>) {
+#if defined(FASTLLAMA_LANES)
+    if constexpr (V % 2 == 0) {
+      if (R <= kLanes / 2)
+        return attend_small_lanes<V, kLanes / 2>(query, scale, keys.run, values.run, begin, end, seen, R, out);
+      if (R <= kLanes) return attend_small_lanes<V, kLanes>(query, scale, keys.run, values.run, begin, end, seen, R, out);
+    }
+#endif
     attend_small_rows<V>(query, scale, keys.run, values.run, begin, end, seen, R, out);
+  }
 }
 
 #endif

@@ -27,11 +27,11 @@ inline int unit_at(const void* from) {
 struct BrainPairs {
   using Sum = __m256;
   using Wide = __m512;
-  static void add(Sum& total, __m256i row, int key) {
-    total = _mm256_dpbf16_ps(total, (__m256bh)row, (__m256bh)_mm256_set1_epi32(key));
+  static Sum add(Sum total, __m256i row, int key) {
+    return _mm256_dpbf16_ps(total, (__m256bh)row, (__m256bh)_mm256_set1_epi32(key));
   }
-  static void add(Wide& total, __m512i value, int weight) {
-    total = _mm512_dpbf16_ps(total, (__m512bh)value, (__m512bh)_mm512_set1_epi32(weight));
+  static Wide add(Wide total, __m512i value, int weight) {
+    return _mm512_dpbf16_ps(total, (__m512bh)value, (__m512bh)_mm512_set1_epi32(weight));
   }
   // 32 values of one position.
   static __m512i values(const at::BFloat16* from) { return _mm512_loadu_si512(from); }
@@ -57,7 +57,7 @@ inline void score_lanes(const int32_t* query, const char* keys, int64_t stride, 
       asking.ask();
       const __m256i row = _mm256_load_si256((const __m256i*)(query + u * kLanes));
 #pragma GCC unroll 16
-      for (int i = 0; i < kAtOnce; ++i) Kind::add(totals[i], row, unit_at(from + i * stride + 4 * u));
+      for (int i = 0; i < kAtOnce; ++i) totals[i] = Kind::add(totals[i], row, unit_at(from + i * stride + 4 * u));
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kAtOnce; ++i) emit(p + i, totals[i]);
@@ -69,7 +69,7 @@ inline void score_lanes(const int32_t* query, const char* keys, int64_t stride, 
     for (int u = 0; u < U; ++u) {
       const __m256i row = _mm256_load_si256((const __m256i*)(query + u * kLanes));
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) Kind::add(totals[i], row, unit_at(four[i] + 4 * u));
+      for (int i = 0; i < 4; ++i) totals[i] = Kind::add(totals[i], row, unit_at(four[i] + 4 * u));
     }
     for (int i = 0; i < 4; ++i) emit(p + i, totals[i]);
   }
@@ -84,7 +84,7 @@ struct Running {
   alignas(32) float keep[kLanes];
 
   // Turns scores [kBlock, 8] into weights; row r sees the first visible[r] positions of the block.
-  void weigh(float* scores, float scale, int count, const int* visible) {
+  void weigh(float* scores, float scale, const int* visible) {
     const __m512 limits = _mm512_cvtepi32_ps(_mm512_broadcast_i32x8(_mm256_loadu_si256((const __m256i*)visible)));
     const bool whole = *std::min_element(visible, visible + kLanes) >= kBlock;
     f32x16 top = (f32x16)twice(maximum);
@@ -116,9 +116,21 @@ struct Running {
       total += weights;
       __builtin_memcpy(scores + 16 * i, &weights, 64);
     }
-    (void)count;
+  }
+
+  void leave(const float* mixed, int R, int D, const Partial& out) const {
+    alignas(64) float sums[16], highest[kLanes];
+    __builtin_memcpy(sums, &total, 64);
+    _mm256_store_ps(highest, maximum);
+    for (int r = 0; r < R; ++r) out.maximum[r] = highest[r], out.total[r] = sums[r] + sums[r + kLanes];
+    std::copy(mixed, mixed + R * D, out.mixed);
   }
 };
+
+// How many of the positions from s on each lane sees; a lane without a row is as the last one.
+inline void see(const int64_t* seen, int R, int64_t s, int count, int* visible) {
+  for (int r = 0; r < kLanes; ++r) visible[r] = (int)std::clamp<int64_t>(seen[std::min(r, R - 1)] - s, 0, count);
+}
 
 // Weights [kBlock, 8] rounded to bf16, as pairs [kBlock / 2, 8].
 inline void pair_weights(const float* weights, int32_t* pairs) {
@@ -130,10 +142,15 @@ inline void pair_weights(const float* weights, int32_t* pairs) {
   }
 }
 
-// Sums over `count` positions of N rows' weights and 32 numbers of each value, two vectors a row.
+// Adds to two vectors a row what `count` positions give: N rows' weights times 32 numbers of each value.
+// Not inlined: the compiler then keeps the sums in registers.
 template <typename Kind, int N, typename T>
 inline void mix_lanes(const int32_t* pairs, const T* values, int64_t stride, int count, Asking& asking,
-                      typename Kind::Wide (*totals)[2]) {
+                                         typename Kind::Wide (*totals)[2]) {
+  typename Kind::Wide sums[N][2];  // in registers: what `totals` points to might be what is read
+  Asking later = asking;           // as here
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) sums[n][0] = totals[n][0], sums[n][1] = totals[n][1];
   alignas(64) static constexpr auto kOrder = [] {
     struct { uint16_t low[32], high[32]; } order{};
     for (int i = 0; i < 32; ++i) order.low[i] = i / 2 + 32 * (i % 2), order.high[i] = 16 + order.low[i];
@@ -145,16 +162,19 @@ inline void mix_lanes(const int32_t* pairs, const T* values, int64_t stride, int
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
       const int weight = pairs[u * kLanes + n];
-      Kind::add(totals[n][0], first, weight);
-      Kind::add(totals[n][1], second, weight);
+      sums[n][0] = Kind::add(sums[n][0], first, weight);
+      sums[n][1] = Kind::add(sums[n][1], second, weight);
     }
   };
   int u = 0;
   for (; 2 * u + 1 < count; ++u) {
-    asking.ask();
+    later.ask();
     add(u, Kind::values(values + 2 * u * stride), Kind::values(values + (2 * u + 1) * stride));
   }
   if (2 * u < count) add(u, Kind::values(values + 2 * u * stride), __m512i{});
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) totals[n][0] = sums[n][0], totals[n][1] = sums[n][1];
+  asking = later;
 }
 
 // As `attend_rows` does, for N lanes: 4 or 8.
@@ -169,12 +189,12 @@ void attend_lanes(const float* units, float scale, const Keys& keys, const Value
   for (int64_t s = begin; s < end; s += kBlock) {
     const int count = (int)std::min<int64_t>(kBlock, end - s);
     int visible[kLanes];
-    for (int r = 0; r < kLanes; ++r) visible[r] = (int)std::clamp<int64_t>(seen[std::min(r, R - 1)] - s, 0, count);
+    see(seen, R, s, count, visible);
     const int64_t later = std::clamp<int64_t>(end - s - kBlock, 0, kBlock);
     Asking asking(keys.ahead(s + kBlock, end), values.ahead(s + kBlock, end), later, kBlock / kAtOnce * U + kBlock / 2 * V / 2);
     score_lanes<BrainPairs, U>(query, (const char*)keys.block(s, count), D * sizeof(T), count, asking,
                                [&](int p, __m256 sums) { _mm256_store_ps(scores + p * kLanes, sums); });
-    running.weigh(scores, scale, count, visible);
+    running.weigh(scores, scale, visible);
     pair_weights(scores, pairs);
     const T* from = values.block(s, count);
     for (int d = 0; d < D; d += 32) {
@@ -191,11 +211,7 @@ void attend_lanes(const float* units, float scale, const Keys& keys, const Value
         for (int c = 0; c < 2; ++c) _mm512_store_ps(mixed + n * D + d + 16 * c, totals[n][c]);
     }
   }
-  alignas(64) float totals[16], maximum[kLanes];
-  __builtin_memcpy(totals, &running.total, 64);
-  _mm256_store_ps(maximum, running.maximum);
-  for (int r = 0; r < R; ++r) out.maximum[r] = maximum[r], out.total[r] = totals[r] + totals[r + kLanes];
-  std::copy(mixed, mixed + R * D, out.mixed);
+  running.leave(mixed, R, D, out);
 }
 
 }  // namespace

@@ -103,6 +103,8 @@ struct SmallQuery {
   std::vector<int32_t> units;
   std::vector<float> scale, sums;  // [R], [R, kMostGroups]
 
+  // `swapped`: of numbers 4 u .. 4 u + 3 the middle two change places, see pack_small_keys.
+  template <bool swapped = true>
   void take(const float* query, int R) {
     units.resize(R * kUnits), scale.resize(R), sums.assign(R * kMostGroups, 0.f);
     for (int r = 0; r < R; ++r) {
@@ -118,9 +120,9 @@ struct SmallQuery {
       const float bound = highest(top);
       scale[r] = finite ? bound / kMostInteger : std::numeric_limits<float>::quiet_NaN();
       const float factor = finite && bound > kLeastBound ? kMostInteger / bound : 0.f;
-      // Of numbers 4 u .. 4 u + 3 the middle two change places: see pack_small_keys.
       for (int v = 0; v < V; ++v) {
-        const __m512 x = _mm512_permute_ps((__m512)lanes(row + 16 * v), 0xD8);
+        __m512 x = (__m512)lanes(row + 16 * v);
+        if (swapped) x = _mm512_permute_ps(x, 0xD8);
         _mm256_storeu_si256((__m256i*)(&units[r * kUnits + 8 * v]), integers((f32x16)x, factor));
       }
     }
@@ -193,6 +195,21 @@ inline void mix_small_rows(const float* weights, const int32_t* packed, const Sm
   }
 }
 
+// The largest scale of each group, not a number where one is not finite.
+template <int V>
+inline void bound_scales(const SmallBlock& block, Format format, float* bounds) {
+  for (int g = 0; g < (format == Format::int8 ? 1 : V / 2); ++g) {
+    f32x16 top = {};
+    bool finite = true;
+    for (int p = 0; p < kBlock; p += 16) {
+      const f32x16 x = lanes(block.scale[g] + p);
+      finite &= all_finite(x);
+      top = (f32x16)_mm512_max_ps((__m512)top, _mm512_abs_ps((__m512)x));
+    }
+    bounds[g] = finite ? highest(top) : std::numeric_limits<float>::quiet_NaN();
+  }
+}
+
 // As `attend_rows` does. query: fp32 [R, D].
 template <int V>
 void attend_small_rows(const float* query, float scale, const Run& keys, const Run& values, int64_t begin, int64_t end,
@@ -214,16 +231,7 @@ void attend_small_rows(const float* query, float scale, const Run& keys, const R
     read_block<V>(values, s, count, value);
     pack_small_values<V>(value.quants, count, packed_values);
     float bounds[kMostGroups];
-    for (int g = 0; g < (values.format == Format::int8 ? 1 : V / 2); ++g) {
-      f32x16 top = {};
-      bool finite = true;
-      for (int p = 0; p < kBlock; p += 16) {
-        const f32x16 x = lanes(value.scale[g] + p);
-        finite &= all_finite(x);
-        top = (f32x16)_mm512_max_ps((__m512)top, _mm512_abs_ps((__m512)x));
-      }
-      bounds[g] = finite ? highest(top) : std::numeric_limits<float>::quiet_NaN();
-    }
+    bound_scales<V>(value, values.format, bounds);
     const int64_t later = std::clamp<int64_t>(end - s - kBlock, 0, kBlock);
     Asking asking(keys.ahead(s + kBlock, end), values.ahead(s + kBlock, end), later, calls);
     for (int r0 = 0; r0 < R; r0 += kRows) {
