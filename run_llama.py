@@ -192,6 +192,11 @@ def _add_assistance(group) -> None:
         metavar="B",
         help="branches of a draft at most, all verified in one pass (1; 4 with --p-split)",
     )
+    group.add_argument(
+        "--draft-window",
+        metavar="N",
+        help="of a longer prompt the draft reads the first token and the last, so many in all (as it is made for)",
+    )
     group.add_argument("--draft-device", metavar="WHERE", help="cpu, cuda, ...: where the draft runs (the target's)")
     group.add_argument(
         "--task",

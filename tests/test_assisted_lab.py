@@ -23,6 +23,7 @@ from tests.test_measure import write_tiny
 
 DRAFT = Assistance(draft="demo-draft", draft_tokens=3, draft_schedule="constant")
 BESIDE = replace(DRAFT, draft_device="cpu")
+WINDOWED = replace(DRAFT, draft_window=48)
 
 
 def a_point(model="demo", assistance=DRAFT, new_tokens=8, sampler=None, **more) -> Point:
@@ -59,6 +60,8 @@ def record():
         ("p_split", "0.1"),
         ("draft_branches", 0),
         ("draft_device", "gpu"),
+        ("draft_window", 1),
+        ("draft_window", "64"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_allowed(name, value):
@@ -68,7 +71,8 @@ def test_a_wrong_value_is_named_with_what_is_allowed(name, value):
 
 def test_its_command_line_gives_a_point_back():
     lookup, own = Assistance(prompt_lookup=4, draft_schedule="constant"), Assistance(draft_weights="int8")
-    for assistance in (DRAFT, lookup, own, replace(DRAFT, draft_tokens=2, p_split=0.25, draft_branches=3), BESIDE):
+    splitting = replace(DRAFT, draft_tokens=2, p_split=0.25, draft_branches=3)
+    for assistance in (DRAFT, lookup, own, splitting, BESIDE, WINDOWED):
         point = a_point(assistance=assistance)
         assert Point.from_dict(asdict(point)) == point
         (again,) = run_llama._plan(run_llama._parse(point.command().split()[2:])).points

@@ -73,12 +73,13 @@ EXAMPLES = {
     "draft_branches": ("3", 3),
     "draft_schedule": ("constant", "constant"),
     "draft_device": ("cpu", "cpu"),
+    "draft_window": ("64", 64),
     "draft_weights": ("int4", "int4"),
     "prompt_lookup": ("5", 5),
 }
 # Options that need another beside them.
 BESIDE = {"system_prompt": ["-i"], "chat_template": ["-i"]}
-DRAFTED = ("draft_tokens", "p_split", "draft_branches", "draft_schedule", "draft_device")
+DRAFTED = ("draft_tokens", "p_split", "draft_branches", "draft_schedule", "draft_device", "draft_window")
 BESIDE |= {name: ["-md", "x"] for name in DRAFTED}
 BESIDE |= {"grp_attn_w": ["-gan", "2"], "min_keep": ["--temp", "1"]}
 SHOWN = ("stream", "json", "display_prompt", "quiet", "debug")  # flags like the others

@@ -45,6 +45,16 @@ def unpad(tokens: torch.Tensor, attention_mask: torch.Tensor | None) -> Prompt:
     return Prompt(tokens.gather(1, index), lengths, longest, width, columns_BP)
 
 
+def recent(prompt: Prompt, most: int | None) -> Prompt:
+    """Of rows of more than `most` tokens the first, which models lean on, and the last; all of them where None."""
+    if most is None or prompt.longest <= most:
+        return prompt
+    kept = prompt.lengths.clamp(max=most)
+    index_BP = torch.arange(most, device=kept.device) + (prompt.lengths - kept)[:, None]
+    index_BP[:, 0] = 0
+    return Prompt(prompt.tokens.gather(1, index_BP.clamp(max=prompt.longest - 1)), kept, most, most, None)
+
+
 def at_ends(last_BX: torch.Tensor | None, part_BQX: torch.Tensor, lengths: torch.Tensor, past: int) -> torch.Tensor:
     """What belongs to each row's last token, of the tokens from `past` on; what came before where it ended earlier."""
     ends = (lengths - 1 - past).clamp(0, part_BQX.shape[1] - 1)

@@ -33,7 +33,7 @@ def write_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
     special = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    GenerationConfig(**special).save_pretrained(folder)
+    GenerationConfig(**special, **_of_a_draft(tokenizer_folder)).save_pretrained(folder)
     for path in tokenizer_files(tokenizer_folder):
         shutil.copyfile(path, folder / path.name)
     weight_map: dict[str, str] = {}
@@ -48,6 +48,14 @@ def write_checkpoint(
             total_parameters += tensor.numel()
     index = {"metadata": {"total_size": total_bytes, "total_parameters": total_parameters}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def _of_a_draft(folder: Path) -> dict:
+    """What the generation config in `folder` says of how that model drafts."""
+    if not (folder / "generation_config.json").is_file():
+        return {}
+    window = getattr(GenerationConfig.from_pretrained(folder), "draft_window", None)
+    return {} if window is None else {"draft_window": window}
 
 
 def publish(final: Path, build: Callable[[Path], None], needed_bytes: int) -> None:

@@ -93,6 +93,8 @@ def resolve(name: str, dtype: torch.dtype) -> str:
     files = tokenizer_files(source)
     if kind != "random":
         files = [source / "config.json", source / "model.safetensors", *files]
+    if kind == "inflated-draft":
+        files.append(source / "generation_config.json")
     final = user_cache() / f"{kind}-{body}-{_DTYPES[dtype]}-{_fingerprint(shape, files)}"
     if not final.is_dir():
         build = build_random if kind == "random" else build_inflated

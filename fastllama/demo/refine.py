@@ -24,6 +24,8 @@ from fastllama.demo.tokenizer import BOS_ID
 from fastllama.demo.train import WEIGHTS, encode
 from fastllama.kernels.whole_file import whole
 
+DRAFT_WINDOW = 384  # tokens of a prompt that the draft reads: with what it then proposes, no more than it learned from
+
 
 @dataclass(frozen=True)
 class Refinement:
@@ -126,6 +128,8 @@ def main(argv: list[str] | None = None) -> int:
     target.free()
     before = agreement(target, draft, held_out)
     curve = refine(draft, target, texts, tokens, plan, args.work / "refined.pt")
+    special = {key: getattr(draft.config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    draft.generation_config = transformers.GenerationConfig(**special, draft_window=DRAFT_WINDOW)
     draft.bfloat16().save_pretrained(args.out / "draft")  # what is scored below is what is stored
     draft.float()
 

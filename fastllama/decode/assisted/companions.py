@@ -67,7 +67,7 @@ class Companions:
         # Costs and chances are those of a draft, a way to run, a number of rows, and of drawing or not.
         companion, setting = (
             model if draft is None else draft,
-            (asked.tokens, asked.branches, asked.p_split, rows, draws, *(each.config for each in engines)),
+            (asked.tokens, asked.branches, asked.p_split, asked.window, rows, draws, *(e.config for e in engines)),
         )
         held, learnt = self._learnt.get(companion, (None, None))
         if held != setting:

@@ -64,7 +64,7 @@ def assisted_loop(
         proposer = LookupProposer(prompt, asked.ngram)
     else:
         shared = Shared(engine) if is_same_model(model, draft[0]) else None
-        made = (*draft, prompt, most_new, processing, asked.threshold, model.config.vocab_size, shared)
+        made = (*draft, prompt, most_new, processing, asked.threshold, model.config.vocab_size, shared, asked.window)
         split: dict[str, Any] = {"p_split": asked.p_split, "branches": asked.branches}
         proposer = DraftProposer(*made) if asked.branches == 1 else TreeProposer(*made, **split)
     call = Call(model, engine, proposer, verifier, schedule, rows, streamer)
@@ -106,12 +106,12 @@ class Call:
         self.clock, self.tally = Clock(self.device), Tally()
         self.draft_clock = Clock(torch.device("cpu")) if proposer.mode == "lookup" else Clock(proposer.model.device)
         self.started, self.declined, self.streamed = False, False, rows.width
-        self.reads = 0  # tokens of all prompts
+        self.reads = 0  # tokens of all prompts, as far as the proposer reads them
 
     def run(self, prompt, chunk: int | None, keep: bool) -> Assisted:
         """Writes the rows. `keep`: the cache is asked for, and holds all rows to the same column at the end."""
         switched_off = self.schedule.switched_off
-        self.reads = self.rows.batch * prompt.longest
+        self.reads = self.rows.batch * min(prompt.longest, self.proposer.window or prompt.longest)
         begin = self.clock.mark()
         self.engine.begin(self.rows.batch)
         logits_BV = self.engine.prefill(prompt, chunk)

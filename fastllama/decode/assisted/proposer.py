@@ -17,7 +17,7 @@ from fastllama.decode.assisted.schedule import Weighing
 from fastllama.decode.assisted.sharing import Shared
 from fastllama.decode.assisted.tree import Tree
 from fastllama.decode.engine import Engine
-from fastllama.decode.prompt import Prompt
+from fastllama.decode.prompt import Prompt, recent
 from fastllama.decode.stop import StopCheck
 
 _LAG_ON_GPU = 2  # draft steps in flight behind the question whether drafting still makes sense
@@ -50,7 +50,7 @@ class LookupProposer:
 
     mode = "lookup"
     weighs = True  # says how sure it is of each token
-    shared = None  # holds no keys
+    shared = window = None  # holds no keys, reads all
 
     def __init__(self, prompt: Prompt, longest: int):
         rows = zip(prompt.tokens.tolist(), prompt.lengths.tolist(), strict=True)
@@ -93,6 +93,7 @@ class DraftProposer:
 
     Its vocabulary may be shorter or longer than the target's `vocabulary` ids: what it has not got it is shown as its
     last id, and it proposes nothing that the target has not got.
+    Of a prompt longer than `window` it reads the first token and the last ones, as if nothing stood between them.
     `processing` where it samples, None where it is greedy. `shared` where it goes on from the target's cache. Drafting
     ends early where every row has proposed an end of text or a token of probability below `threshold` (0: never).
     """
@@ -102,7 +103,7 @@ class DraftProposer:
 
     def __init__(
         self, model: nn.Module, engine: Engine, prompt: Prompt, new_tokens: int | None, processing: Processing | None,
-        threshold: float, vocabulary: int, shared: Shared | None = None,
+        threshold: float, vocabulary: int, shared: Shared | None = None, window: int | None = None,
     ):  # fmt: skip
         own = model.config.vocab_size
         self.last_id = own - 1 if own < vocabulary else None
@@ -110,7 +111,8 @@ class DraftProposer:
         if self.last_id is not None:
             prompt = prompt._replace(tokens=prompt.tokens.clamp_max(self.last_id))
         self.model, self.engine, self.prompt, self.new_tokens = model, engine, prompt, new_tokens
-        self.processing, self.threshold, self.shared = processing, threshold, shared
+        self.processing, self.threshold, self.shared, self.window = processing, threshold, shared, window
+        self.skipped = [0] * len(prompt.lengths)  # tokens of each row that it does not read
         self.held: list[int] | None = None  # tokens of each row in the draft's cache that stand
         self._fed = 0  # proposals of the last round that are in the cache too
         # Asked in each round, while a model looks through its parameters for its device.
@@ -122,7 +124,8 @@ class DraftProposer:
 
     def start(self) -> None:
         """Takes the prompts in. Raises `ValueError` when an explicit cache of the draft is too small."""
-        batch, longest = len(self.prompt.lengths), self.prompt.longest
+        prompt = self.prompt if self.shared is not None else recent(self.prompt, self.window)
+        batch, longest = len(prompt.lengths), prompt.longest
         self.engine.refresh(self.model)
         try:
             self.engine.fit(self.model, batch, longest, longest + (self.new_tokens or 1) - 1)
@@ -132,12 +135,18 @@ class DraftProposer:
         if self.shared is not None and not self.shared.fits(self.engine):
             self.shared = None
         if self.shared is None:
-            self.engine.prefill(self.prompt)
-        self.held = self.prompt.lengths.tolist()
+            prompt = recent(self.prompt, self.window)
+            self.engine.prefill(prompt)
+        self.held = prompt.lengths.tolist()
+        self.skipped = (self.prompt.lengths - prompt.lengths).tolist()
 
     def most(self, rows: Rows) -> int | None:
         """How many tokens its cache has room for; None where the cache can grow."""
-        return self.engine.cache.shape.cache_length - max(rows.real()) + 1 if self.engine.explicit else None
+        return self.engine.cache.shape.cache_length - max(self.read_of(rows)) + 1 if self.engine.explicit else None
+
+    def read_of(self, rows: Rows) -> list[int]:
+        """Tokens of each row that the draft reads."""
+        return [length - skipped for length, skipped in zip(rows.real(), self.skipped, strict=True)]
 
     def propose(self, rows: Rows, most: int, room: int | None = None, weighing: Weighing | None = None) -> Proposal:
         """Up to `most` tokens a row, on the draft's device, as many as pay by `weighing`."""
@@ -158,7 +167,7 @@ class DraftProposer:
                 break
             logits_BV = self.engine.step(token_B[:, None])[:, -1]
             fed += 1
-        self.held, self._fed = rows.real(), fed
+        self.held, self._fed = self.read_of(rows), fed
         ids = torch.stack(tokens, 1)
         meant = [len(tokens) if going else 0 for going in rows.unfinished]
         q_BKV = torch.stack(probabilities, 1) if probabilities else None
@@ -170,7 +179,7 @@ class DraftProposer:
 
     def _caught_up(self, rows: Rows, most: int) -> tuple[torch.Tensor, int, int]:
         """Logits [B, V] after the newest token, the forward passes to get there, and the tokens that they took in."""
-        real = rows.real()
+        real = self.read_of(rows)
         # The same number of tokens for each row: some rows take one in again that they have.
         behind = max(
             (length - held for length, held, going in zip(real, self.held, rows.unfinished, strict=True) if going)

@@ -18,7 +18,7 @@ from fastllama.decode.support import model_obstacle
 from fastllama.model.rotary import is_stateful
 from fastllama.model.spread import processes
 
-OWN = ("p_split", "draft_branches")  # arguments of ours that transformers does not know
+OWN = ("p_split", "draft_branches", "draft_window")  # arguments of ours that transformers does not know
 ASKED = ("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold", *OWN)
 _KNOWN_CRITERIA = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria)
 _OTHER_WAYS = ("assistant_early_exit", "use_mtp", "speculation_type", "assistant_ensemble_weight")
@@ -31,6 +31,7 @@ class Asked(NamedTuple):
     """What to propose: `tokens` a round by `schedule`, drafting on above `threshold`, n-grams up to `ngram`.
 
     A branch splits above `p_split` while there are fewer than `branches`.
+    `window`: of longer texts a draft reads the first token and the last ones, so many in all; None reads all.
     `kept_by_draft`: the number came from the draft's generation config, to which the heuristic schedule gives it back.
     """
 
@@ -41,6 +42,7 @@ class Asked(NamedTuple):
     kept_by_draft: bool
     p_split: float = DEFAULT_SPLIT
     branches: int = 1
+    window: int | None = None
 
     @property
     def nodes(self) -> int:
@@ -55,6 +57,8 @@ class Asked(NamedTuple):
     def words(self, draft: nn.Module | None, shares_cache: bool = False) -> str:
         """For people."""
         who = "prompt lookup" if draft is None else "a draft" + " on the target's keys and values" * shares_cache
+        if draft is not None and self.window is not None and not shares_cache:
+            who += f" that reads the last {self.window} tokens of a prompt"
         said = f"assisted by {who}, {self.schedule} K of {'at most ' * (self.schedule == 'adaptive')}{self.tokens}"
         if self.branches == 1:
             return said
@@ -91,7 +95,18 @@ def asked(call: dict, generation_config, draft: nn.Module | None) -> Asked:
     if not isinstance(ngram, int) or ngram < 1:
         raise ValueError(f"max_matching_ngram_size={ngram!r} is not allowed; allowed: an integer >= 1")
     asked = Asked(int(tokens), schedule, float(threshold), ngram, call.get("num_assistant_tokens") is None)
-    return asked._replace(**_splitting(value("p_split", None), value("draft_branches", None), draft))
+    asked = asked._replace(**_splitting(value("p_split", None), value("draft_branches", None), draft))
+    return asked._replace(window=_window(value("draft_window", None), draft))
+
+
+def _window(tokens, draft: nn.Module | None) -> int | None:
+    if tokens is None:
+        return None
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 2:
+        raise ValueError(f"draft_window={tokens!r} is not allowed; allowed: None or an integer >= 2")
+    if draft is None:
+        raise ValueError(f"draft_window={tokens!r} is for a draft model: prompt lookup reads the whole text")
+    return tokens
 
 
 def _splitting(p_split, branches, draft: nn.Module | None) -> dict:

@@ -55,7 +55,7 @@ class TreeProposer(DraftProposer):
                 ids = ids.clamp_max(self.last_id)
             logits_BQV = self.engine.step(ids) if whole else self.engine.step(ids, branching)
             forwards, fed = forwards + 1, fed + wide
-        self.held, self.trees = rows.real(), [tree.branch_by_branch() for tree in trees]
+        self.held, self.trees = self.read_of(rows), [tree.branch_by_branch() for tree in trees]
         meant, late = [tree.depth for tree in self.trees], behind > USUALLY_BEHIND
         if any(tree.branches > 1 for tree in trees):
             return Proposal(None, None, meant, forwards, late, self.trees)

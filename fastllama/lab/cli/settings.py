@@ -7,7 +7,7 @@ from fastllama.decode.sampling.options import Sampling
 from fastllama.lab.cli.parser import Parsed, shown
 from fastllama.lab.cli.run import Run
 from fastllama.lab.cli.table import OPTIONS
-from fastllama.lab.points.assistance import Assistance
+from fastllama.lab.points.assistance import LATER, Assistance
 from fastllama.model.config import FastConfig, require_allowed
 
 _DRAWING = ("temperature", "top_k", "top_p", "min_p", "tfs_z", "typical_p", "mirostat")
@@ -184,6 +184,6 @@ def _check_assistance(settings: Settings) -> None:
         )
     if assistance.prompt_lookup is None:
         return
-    for name in ("draft_model", "draft_weights", "draft_tokens", "p_split", "draft_branches", "draft_device"):
+    for name in ("draft_model", "draft_weights", "draft_tokens", *LATER):
         if name in typed:
             raise ValueError(f"{named(name)} is for a model that drafts: leave it or {named('prompt_lookup')} out")

@@ -118,6 +118,16 @@ GROUPS = {
             own=("--draft-device",),
         ),
         Option(
+            "draft_window",
+            "assistance",
+            "draft_window",
+            WHOLE,
+            (),
+            (),
+            "of a longer prompt the draft reads the first token and the last, so many in all",
+            own=("--draft-window",),
+        ),
+        Option(
             "draft_weights",
             "assistance",
             "draft_weights",

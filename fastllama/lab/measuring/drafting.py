@@ -83,12 +83,15 @@ def load(point: Point, pad: int) -> fastllama.LlamaForCausalLM | None:
     how = config(point)
     fast = {} if how.weights is None else {"fast": how}
     draft, _ = checkpoint.load(found, fastllama.LlamaForCausalLM, point.torch_dtype, device(point), **fast)
+    window = point.assistance.draft_window or getattr(draft.generation_config, "draft_window", None)
     vanilla.plain_greedy(draft, pad)
     tokens = point.assistance.tokens
     if point.assistance.draft_tokens is None:  # the usual number shrinks to what fits
         tokens = max(min(tokens, point.positions - 1), 1)
     draft.generation_config.num_assistant_tokens = tokens
     draft.generation_config.num_assistant_tokens_schedule = point.assistance.draft_schedule
+    if window is not None:
+        draft.generation_config.draft_window = window
     if point.assistance.splits:
         draft.generation_config.p_split = point.assistance.p_split
         draft.generation_config.draft_branches = point.assistance.branches

@@ -11,7 +11,7 @@ SCHEDULES = ("constant", "heuristic", "adaptive")
 DRAFT_TOKENS = 6  # where nobody says, as the seed had it
 MOST_TOKENS = 12  # where nobody says and their number adapts
 # What prompt lookup has no use for. These came later than the other options: a record holds what was given of them.
-LATER = ("p_split", "draft_branches", "draft_device")
+LATER = ("p_split", "draft_branches", "draft_device", "draft_window")
 _WEIGHTS = FastConfig.__dataclass_fields__["weights"].metadata["allowed"]
 
 
@@ -51,6 +51,12 @@ class Assistance:
     )
     draft_device: str | None = _option(None, "where the draft runs; None is the target's device", "None or a device")
 
+    draft_window: int | None = _option(
+        None,
+        "of a longer prompt the draft reads the first token and the last, so many in all; None as it is made for",
+        "None or an integer >= 2",
+    )
+
     def __post_init__(self):
         for name in ("prompt_lookup", "draft_tokens", "draft_branches"):
             value = getattr(self, name)
@@ -62,6 +68,8 @@ class Assistance:
             self._refuse("draft_schedule")
         if self.p_split is not None and not (type(self.p_split) in (int, float) and 0 <= self.p_split <= 1):
             self._refuse("p_split")
+        if self.draft_window is not None and (type(self.draft_window) is not int or self.draft_window < 2):
+            self._refuse("draft_window")
         self._check_device()
         try:
             FastConfig(weights=self.draft_weights)
@@ -161,6 +169,7 @@ class Assistance:
             head = f"draft {self.draft or 'of the same model'}"
             head += f" in {self.draft_weights}" if self.draft_weights is not None else ""
             head += f" on {self.draft_device}" if self.draft_device is not None else ""
+            head += f" reading {self.draft_window}" if self.draft_window is not None else ""
             # What adapts has had other limits where nobody gave one.
             head += " K" if self.draft_tokens is None and self._adapts else f" K {self.tokens}"
             if self.splits:
