@@ -1,5 +1,7 @@
 """A draft that reads only the first token of a long prompt and the last ones."""
 
+import copy
+
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -8,6 +10,7 @@ from fastllama.decode.assisted.proposer import DraftProposer
 from fastllama.decode.engine import Engine
 from fastllama.decode.prompt import recent, unpad
 from fastllama.demo import names
+from fastllama.demo.refine import DRAFT_WINDOW
 from tests import drafts
 from tests.drafts import assistance
 from tests.tiny import GREEDY, SAMPLED, generate, prompt
@@ -70,7 +73,7 @@ def test_greedy_text_is_the_same(models, read, more, batch, window, compile):
     asked = assistance("draft", draft) | more | {"draft_window": window}
     assert torch.equal(generate(ours, inputs, max_new_tokens=NEW, **asked, **GREEDY), expected)
     assert ours.assisted.draft_tokens > 0
-    assert f"reads the last {window} tokens of a prompt" in ours.path
+    assert f"reads at most {window} tokens of a prompt" in ours.path
     ((tokens, lengths),) = read
     real = unpad(inputs["input_ids"], inputs.get("attention_mask"))
     for row, length in enumerate(lengths):
@@ -121,7 +124,42 @@ def test_the_draft_says_how_much_it_reads(models, read):
     draft.generation_config.draft_window = 3
     generate(ours, prompt("one"), max_new_tokens=NEW, **assistance("draft", draft), **GREEDY)
     assert read[0][1] == [3]
-    draft.generation_config.draft_window = None
+    generate(ours, prompt("one"), max_new_tokens=NEW, **assistance("draft", draft), draft_window=0, **GREEDY)
+    assert read[1][1] == [14] and "at most" not in ours.path.replace("K of at most", "")
+
+
+def test_prompt_lookup_on_a_model_that_is_a_draft_elsewhere(models):
+    vanilla, ours, _ = models
+    expected = generate(vanilla, prompt("one"), max_new_tokens=NEW, **GREEDY)
+    ours.generation_config.draft_window = 3
+    found = generate(ours, prompt("one"), max_new_tokens=NEW, **assistance("lookup", None), **GREEDY)
+    assert torch.equal(found, expected) and ours.assisted.mode == "lookup"
+    with pytest.raises(ValueError, match="draft_window=4 needs assistant_model"):
+        generate(ours, prompt("one"), max_new_tokens=2, **assistance("lookup", None), draft_window=4, **GREEDY)
+
+
+@pytest.mark.parametrize("cache_k", [None, "int8"])
+def test_a_draft_of_the_same_model(models, read, cache_k):
+    """On the target's own keys it reads no prompt; where its cache is of another kind, what the window leaves of it."""
+    vanilla, ours, _ = models
+    twin = copy.deepcopy(ours)
+    width = prompt("one")["input_ids"].shape[1]
+    expected = generate(vanilla, prompt("one"), max_new_tokens=NEW, **GREEDY)
+    length = (width if cache_k is None else 4) + NEW
+    twin.preallocate(1, length, compile="no", products="stock", cache_k=cache_k)
+    found = generate(ours, prompt("one"), max_new_tokens=NEW, **assistance("draft", twin), draft_window=4, **GREEDY)
+    assert torch.equal(found, expected)
+    assert ours.assisted.shares_cache == (cache_k is None) == ("at most 4 tokens" not in ours.path)
+
+
+@pytest.mark.parametrize("batch", ["one", "padded"])
+def test_the_adaptive_schedule(models, batch):
+    vanilla, ours, draft = models
+    expected = generate(vanilla, prompt(batch), max_new_tokens=100, **GREEDY)
+    draft.generation_config.num_assistant_tokens_schedule = "adaptive"
+    for _ in range(3):  # what it has learnt changes what it does
+        found = generate(ours, prompt(batch), max_new_tokens=100, assistant_model=draft, draft_window=4, **GREEDY)
+        assert torch.equal(found, expected)
 
 
 def test_the_demos_draft_reads_what_it_learned_from(tmp_path, monkeypatch):
@@ -130,13 +168,15 @@ def test_the_demos_draft_reads_what_it_learned_from(tmp_path, monkeypatch):
         getattr(GenerationConfig.from_pretrained(names.resolve(name, torch.float32)), "draft_window", None)
         for name in ("demo", "demo-draft", "inflated-draft:llama-27m")
     ]
-    assert windows == [None, 384, 384]
+    assert windows == [None, DRAFT_WINDOW, DRAFT_WINDOW]
 
 
-@pytest.mark.parametrize("window", [1, 0, 2.0, True, "4"])
+@pytest.mark.parametrize("window", [1, -1, 2.0, True, "4"])
 def test_a_wrong_window_is_refused(models, window):
     _, ours, draft = models
-    with pytest.raises(ValueError, match=r"^draft_window=.* is not allowed; allowed: None or an integer >= 2"):
+    with pytest.raises(
+        ValueError, match=r"^draft_window=.* is not allowed; allowed: None, 0 for all, or an integer >= 2"
+    ):
         generate(ours, prompt("one"), max_new_tokens=2, **assistance("draft", draft), draft_window=window, **GREEDY)
 
 

@@ -52,7 +52,7 @@ def recent(prompt: Prompt, most: int | None) -> Prompt:
     kept = prompt.lengths.clamp(max=most)
     index_BP = torch.arange(most, device=kept.device) + (prompt.lengths - kept)[:, None]
     index_BP[:, 0] = 0
-    return Prompt(prompt.tokens.gather(1, index_BP.clamp(max=prompt.longest - 1)), kept, most, most, None)
+    return Prompt(prompt.tokens.gather(1, index_BP), kept, most, most, None)
 
 
 def at_ends(last_BX: torch.Tensor | None, part_BQX: torch.Tensor, lengths: torch.Tensor, past: int) -> torch.Tensor:

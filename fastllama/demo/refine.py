@@ -24,7 +24,7 @@ from fastllama.demo.tokenizer import BOS_ID
 from fastllama.demo.train import WEIGHTS, encode
 from fastllama.kernels.whole_file import whole
 
-DRAFT_WINDOW = 384  # tokens of a prompt that the draft reads: with what it then proposes, no more than it learned from
+DRAFT_WINDOW = 384  # tokens of a prompt that the draft reads: with 128 new ones, as many as it learned from
 
 
 @dataclass(frozen=True)

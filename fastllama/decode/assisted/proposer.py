@@ -124,9 +124,11 @@ class DraftProposer:
 
     def start(self) -> None:
         """Takes the prompts in. Raises `ValueError` when an explicit cache of the draft is too small."""
+        self.engine.refresh(self.model)
+        if self.shared is not None and self.engine.explicit and not self.shared.fits(self.engine):
+            self.shared = None
         prompt = self.prompt if self.shared is not None else recent(self.prompt, self.window)
         batch, longest = len(prompt.lengths), prompt.longest
-        self.engine.refresh(self.model)
         try:
             self.engine.fit(self.model, batch, longest, longest + (self.new_tokens or 1) - 1)
         except ValueError as error:

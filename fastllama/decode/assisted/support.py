@@ -31,7 +31,7 @@ class Asked(NamedTuple):
     """What to propose: `tokens` a round by `schedule`, drafting on above `threshold`, n-grams up to `ngram`.
 
     A branch splits above `p_split` while there are fewer than `branches`.
-    `window`: of longer texts a draft reads the first token and the last ones, so many in all; None reads all.
+    `window`: of longer prompts a draft reads the first token and the last ones, so many in all; None reads all.
     `kept_by_draft`: the number came from the draft's generation config, to which the heuristic schedule gives it back.
     """
 
@@ -58,7 +58,7 @@ class Asked(NamedTuple):
         """For people."""
         who = "prompt lookup" if draft is None else "a draft" + " on the target's keys and values" * shares_cache
         if draft is not None and self.window is not None and not shares_cache:
-            who += f" that reads the last {self.window} tokens of a prompt"
+            who += f" that reads at most {self.window} tokens of a prompt"
         said = f"assisted by {who}, {self.schedule} K of {'at most ' * (self.schedule == 'adaptive')}{self.tokens}"
         if self.branches == 1:
             return said
@@ -95,18 +95,19 @@ def asked(call: dict, generation_config, draft: nn.Module | None) -> Asked:
     if not isinstance(ngram, int) or ngram < 1:
         raise ValueError(f"max_matching_ngram_size={ngram!r} is not allowed; allowed: an integer >= 1")
     asked = Asked(int(tokens), schedule, float(threshold), ngram, call.get("num_assistant_tokens") is None)
-    asked = asked._replace(**_splitting(value("p_split", None), value("draft_branches", None), draft))
-    return asked._replace(window=_window(value("draft_window", None), draft))
+    # For prompt lookup, what the model's own config says is of that model as a draft.
+    p_split, branches, window = (call.get(name) if draft is None else value(name, None) for name in OWN)
+    return asked._replace(**_splitting(p_split, branches, draft), window=_window(window, draft))
 
 
 def _window(tokens, draft: nn.Module | None) -> int | None:
     if tokens is None:
         return None
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 2:
-        raise ValueError(f"draft_window={tokens!r} is not allowed; allowed: None or an integer >= 2")
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0 or tokens == 1:
+        raise ValueError(f"draft_window={tokens!r} is not allowed; allowed: None, 0 for all, or an integer >= 2")
     if draft is None:
         raise ValueError(f"draft_window={tokens!r} is for a draft model: prompt lookup reads the whole text")
-    return tokens
+    return tokens or None
 
 
 def _splitting(p_split, branches, draft: nn.Module | None) -> dict:

@@ -18,8 +18,8 @@ void attend_group(const float* units, float scale, const Keys& keys, const Value
   if (R == 2) return attend<T, V, 2>(query, scale, keys, values, begin, end, seen, out);
 #if defined(FASTLLAMA_LANES)
   if constexpr (kNumbers<T, V> == 2) {
-    if (R <= kLanes / 2) return attend_lanes<T, V, kLanes / 2>(units, scale, keys, values, begin, end, seen, R, out);
-    if (R <= kLanes) return attend_lanes<T, V, kLanes>(units, scale, keys, values, begin, end, seen, R, out);
+    if (R <= kLaneRows / 2) return attend_lanes<T, V, kLaneRows / 2>(units, scale, keys, values, begin, end, seen, R, out);
+    if (R <= kLaneRows) return attend_lanes<T, V, kLaneRows>(units, scale, keys, values, begin, end, seen, R, out);
   }
 #endif
   attend_rows<T, V>(units, scale, keys, values, begin, end, seen, R, out);
@@ -49,9 +49,10 @@ void attend_group(const float* units, float scale, const Expanded<T, V>& keys, c
   if constexpr (!std::is_same_v<T, float>) {
 #if defined(FASTLLAMA_LANES)
     if constexpr (V % 2 == 0) {
-      if (R <= kLanes / 2)
-        return attend_small_lanes<V, kLanes / 2>(query, scale, keys.run, values.run, begin, end, seen, R, out);
-      if (R <= kLanes) return attend_small_lanes<V, kLanes>(query, scale, keys.run, values.run, begin, end, seen, R, out);
+      if (R <= kLaneRows / 2)
+        return attend_small_lanes<V, kLaneRows / 2>(query, scale, keys.run, values.run, begin, end, seen, R, out);
+      if (R <= kLaneRows)
+        return attend_small_lanes<V, kLaneRows>(query, scale, keys.run, values.run, begin, end, seen, R, out);
     }
 #endif
     attend_small_rows<V>(query, scale, keys.run, values.run, begin, end, seen, R, out);

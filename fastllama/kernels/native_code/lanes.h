@@ -14,8 +14,8 @@
 
 namespace {
 
-constexpr int kLanes = 8;
-constexpr int kAtOnce = 16;  // positions whose sums are under way: enough to hide how long a product takes
+constexpr int kLaneRows = 8;
+constexpr int kUnderWay = 16;  // positions whose sums are under way: enough to hide how long a product takes
 
 inline int unit_at(const void* from) {
   int unit;
@@ -41,33 +41,34 @@ struct BrainPairs {
 template <int U>
 inline void take_lanes(const void* units, int R, int32_t* lanes) {
   for (int u = 0; u < U; ++u)
-    for (int r = 0; r < kLanes; ++r) lanes[u * kLanes + r] = r < R ? unit_at((const char*)units + (r * U + u) * 4) : 0;
+    for (int r = 0; r < kLaneRows; ++r) lanes[u * kLaneRows + r] = r < R ? unit_at((const char*)units + (r * U + u) * 4) : 0;
 }
 
 // The products of `U` units of 8 rows and of `count` positions, `stride` bytes apart: calls emit(position, sums).
 template <typename Kind, int U, typename Emit>
-inline void score_lanes(const int32_t* query, const char* keys, int64_t stride, int count, Asking& asking, const Emit& emit) {
+inline void score_lanes(const int32_t* query, const char* keys, int64_t stride, int count, Asking& asking,
+                        const Emit& emit) {
   using Sum = typename Kind::Sum;
   int p = 0;
-  for (; p + kAtOnce <= count; p += kAtOnce) {
-    Sum totals[kAtOnce] = {};
+  for (; p + kUnderWay <= count; p += kUnderWay) {
+    Sum totals[kUnderWay] = {};
     const char* from = keys + p * stride;
 #pragma GCC unroll 2
     for (int u = 0; u < U; ++u) {
       asking.ask();
-      const __m256i row = _mm256_load_si256((const __m256i*)(query + u * kLanes));
+      const __m256i row = _mm256_load_si256((const __m256i*)(query + u * kLaneRows));
 #pragma GCC unroll 16
-      for (int i = 0; i < kAtOnce; ++i) totals[i] = Kind::add(totals[i], row, unit_at(from + i * stride + 4 * u));
+      for (int i = 0; i < kUnderWay; ++i) totals[i] = Kind::add(totals[i], row, unit_at(from + i * stride + 4 * u));
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < kAtOnce; ++i) emit(p + i, totals[i]);
+    for (int i = 0; i < kUnderWay; ++i) emit(p + i, totals[i]);
   }
   for (; p < count; p += 4) {  // the last key stands for those that are missing
     Sum totals[4] = {};
     const char* four[4];
     for (int i = 0; i < 4; ++i) four[i] = keys + std::min(p + i, count - 1) * stride;
     for (int u = 0; u < U; ++u) {
-      const __m256i row = _mm256_load_si256((const __m256i*)(query + u * kLanes));
+      const __m256i row = _mm256_load_si256((const __m256i*)(query + u * kLaneRows));
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) totals[i] = Kind::add(totals[i], row, unit_at(four[i] + 4 * u));
     }
@@ -81,12 +82,12 @@ inline __m512 twice(__m256 eight) { return _mm512_insertf32x8(_mm512_castps256_p
 struct Running {
   __m256 maximum = _mm256_set1_ps(-std::numeric_limits<float>::max());
   f32x16 total = {};  // of even positions in the lower lanes and of odd ones in the upper
-  alignas(32) float keep[kLanes];
+  alignas(32) float keep[kLaneRows];
 
   // Turns scores [kBlock, 8] into weights; row r sees the first visible[r] positions of the block.
   void weigh(float* scores, float scale, const int* visible) {
     const __m512 limits = _mm512_cvtepi32_ps(_mm512_broadcast_i32x8(_mm256_loadu_si256((const __m256i*)visible)));
-    const bool whole = *std::min_element(visible, visible + kLanes) >= kBlock;
+    const bool whole = *std::min_element(visible, visible + kLaneRows) >= kBlock;
     f32x16 top = (f32x16)twice(maximum);
     const f32x16 before = top;
     // Positions 2 i in the lower and 2 i + 1 in the upper lanes.
@@ -119,49 +120,48 @@ struct Running {
   }
 
   void leave(const float* mixed, int R, int D, const Partial& out) const {
-    alignas(64) float sums[16], highest[kLanes];
+    alignas(64) float sums[16], highest[kLaneRows];
     __builtin_memcpy(sums, &total, 64);
     _mm256_store_ps(highest, maximum);
-    for (int r = 0; r < R; ++r) out.maximum[r] = highest[r], out.total[r] = sums[r] + sums[r + kLanes];
+    for (int r = 0; r < R; ++r) out.maximum[r] = highest[r], out.total[r] = sums[r] + sums[r + kLaneRows];
     std::copy(mixed, mixed + R * D, out.mixed);
   }
 };
 
 // How many of the positions from s on each lane sees; a lane without a row is as the last one.
 inline void see(const int64_t* seen, int R, int64_t s, int count, int* visible) {
-  for (int r = 0; r < kLanes; ++r) visible[r] = (int)std::clamp<int64_t>(seen[std::min(r, R - 1)] - s, 0, count);
+  for (int r = 0; r < kLaneRows; ++r) visible[r] = (int)std::clamp<int64_t>(seen[std::min(r, R - 1)] - s, 0, count);
+}
+
+// 8 numbers of a position and 8 of the next, as pairs.
+inline void put_pairs(int32_t* to, __m256i sixteen) {
+  const __m256i order = _mm256_setr_epi16(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+  _mm256_store_si256((__m256i*)to, _mm256_permutexvar_epi16(order, sixteen));
 }
 
 // Weights [kBlock, 8] rounded to bf16, as pairs [kBlock / 2, 8].
 inline void pair_weights(const float* weights, int32_t* pairs) {
-  const __m256i order = _mm256_setr_epi16(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
 #pragma GCC unroll 4
   for (int i = 0; i < kBlock / 2; ++i) {
     const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_load_ps(weights + 16 * i));
-    _mm256_store_si256((__m256i*)(pairs + kLanes * i), _mm256_permutexvar_epi16(order, (__m256i)rounded));
+    put_pairs(pairs + kLaneRows * i, (__m256i)rounded);
   }
 }
 
 // Adds to two vectors a row what `count` positions give: N rows' weights times 32 numbers of each value.
-// Not inlined: the compiler then keeps the sums in registers.
 template <typename Kind, int N, typename T>
 inline void mix_lanes(const int32_t* pairs, const T* values, int64_t stride, int count, Asking& asking,
-                                         typename Kind::Wide (*totals)[2]) {
+                      typename Kind::Wide (*totals)[2]) {
   typename Kind::Wide sums[N][2];  // in registers: what `totals` points to might be what is read
   Asking later = asking;           // as here
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) sums[n][0] = totals[n][0], sums[n][1] = totals[n][1];
-  alignas(64) static constexpr auto kOrder = [] {
-    struct { uint16_t low[32], high[32]; } order{};
-    for (int i = 0; i < 32; ++i) order.low[i] = i / 2 + 32 * (i % 2), order.high[i] = 16 + order.low[i];
-    return order;
-  }();
-  const __m512i low = _mm512_load_si512(kOrder.low), high = _mm512_load_si512(kOrder.high);
+  const __m512i low = _mm512_load_si512(kPairing.low), high = _mm512_load_si512(kPairing.high);
   auto add = [&](int u, __m512i even, __m512i odd) __attribute__((always_inline)) {
     const __m512i first = _mm512_permutex2var_epi16(even, low, odd), second = _mm512_permutex2var_epi16(even, high, odd);
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
-      const int weight = pairs[u * kLanes + n];
+      const int weight = pairs[u * kLaneRows + n];
       sums[n][0] = Kind::add(sums[n][0], first, weight);
       sums[n][1] = Kind::add(sums[n][1], second, weight);
     }
@@ -181,19 +181,19 @@ inline void mix_lanes(const int32_t* pairs, const T* values, int64_t stride, int
 template <typename T, int V, int N, typename Keys, typename Values>
 void attend_lanes(const float* units, float scale, const Keys& keys, const Values& values, int64_t begin, int64_t end,
                   const int64_t* seen, int R, const Partial& out) {
-  constexpr int D = V * 16, U = D / 2;
-  alignas(64) int32_t query[U * kLanes], pairs[kBlock / 2 * kLanes];
-  alignas(64) float scores[kBlock * kLanes], mixed[N * D] = {};
+  constexpr int D = V * 16, U = D / 2, kCalls = kBlock / kUnderWay * U + kBlock / 2 * V / 2;
+  alignas(64) int32_t query[U * kLaneRows], pairs[kBlock / 2 * kLaneRows];
+  alignas(64) float scores[kBlock * kLaneRows], mixed[N * D] = {};
   take_lanes<U>(units, R, query);
   Running running;
   for (int64_t s = begin; s < end; s += kBlock) {
     const int count = (int)std::min<int64_t>(kBlock, end - s);
-    int visible[kLanes];
+    int visible[kLaneRows];
     see(seen, R, s, count, visible);
     const int64_t later = std::clamp<int64_t>(end - s - kBlock, 0, kBlock);
-    Asking asking(keys.ahead(s + kBlock, end), values.ahead(s + kBlock, end), later, kBlock / kAtOnce * U + kBlock / 2 * V / 2);
+    Asking asking(keys.ahead(s + kBlock, end), values.ahead(s + kBlock, end), later, kCalls);
     score_lanes<BrainPairs, U>(query, (const char*)keys.block(s, count), D * sizeof(T), count, asking,
-                               [&](int p, __m256 sums) { _mm256_store_ps(scores + p * kLanes, sums); });
+                               [&](int p, __m256 sums) { _mm256_store_ps(scores + p * kLaneRows, sums); });
     running.weigh(scores, scale, visible);
     pair_weights(scores, pairs);
     const T* from = values.block(s, count);

@@ -14,6 +14,16 @@ namespace {
 template <typename T, int V>
 constexpr int kNumbers = V * 16 % Lane<T>::kStep == 0 ? Lane<T>::kStep / 16 : 1;
 
+// Where the numbers of two rows of 32 come from when they are paired: each of one row and the same of the other.
+struct Pairing {
+  uint16_t low[32], high[32];
+};
+alignas(64) constexpr Pairing kPairing = [] {
+  Pairing order{};
+  for (int i = 0; i < 32; ++i) order.low[i] = i / 2 + 32 * (i % 2), order.high[i] = 16 + order.low[i];
+  return order;
+}();
+
 template <int Numbers>
 inline void add_unit(f32x16& total, const float* packed, const float* unit) {
 #if defined(__AVX512BF16__)
@@ -92,12 +102,7 @@ inline const float* pack_values(const T* values, int count, float* packed) {
       float* to = packed + p / kNumbers<T, V> * D;
 #if defined(__AVX512BF16__)
       if constexpr (kNumbers<T, V> == 2) {
-        alignas(64) static constexpr auto kOrder = [] {
-          struct { uint16_t low[32], high[32]; } order{};
-          for (int i = 0; i < 32; ++i) order.low[i] = i / 2 + 32 * (i % 2), order.high[i] = 16 + order.low[i];
-          return order;
-        }();
-        const __m512i low = _mm512_load_si512(kOrder.low), high = _mm512_load_si512(kOrder.high);
+        const __m512i low = _mm512_load_si512(kPairing.low), high = _mm512_load_si512(kPairing.high);
         for (int d = 0; d < D; d += 32) {
           const __m512i even = _mm512_loadu_si512(from + d);
           const __m512i odd = p + 1 < count ? _mm512_loadu_si512(from + D + d) : _mm512_setzero_si512();

@@ -30,17 +30,17 @@ struct ShortPairs {
 
 // Scores [kBlock, 8] of a block of keys, whose quants are widened to 16 bits in `wide` [kBlock, D].
 template <int V, int G>
-inline void score_small_lanes(const int32_t* query, __m256 query_scale, const float (*sums)[kLanes], const SmallBlock& keys,
-                              int count, int16_t* wide, Asking& asking, float* scores) {
+inline void score_small_lanes(const int32_t* query, __m256 query_scale, const float (*sums)[kLaneRows],
+                              const SmallBlock& keys, int count, int16_t* wide, Asking& asking, float* scores) {
   constexpr int D = V * 16, kEach = D / 2 / G;
   for (int i = 0; i < count * D; i += 32) _mm512_store_si512(wide + i, ShortPairs::values(keys.quants + i));
 #pragma GCC unroll 1
   for (int g = 0; g < G; ++g) {
     const __m256 sum = _mm256_load_ps(sums[g]);
     score_lanes<ShortPairs, kEach>(
-        query + g * kEach * kLanes, (const char*)(wide + 2 * g * kEach), D * sizeof(int16_t), count, asking,
+        query + g * kEach * kLaneRows, (const char*)(wide + 2 * g * kEach), D * sizeof(int16_t), count, asking,
         [&](int p, __m256i total) __attribute__((always_inline)) {
-          float* at = scores + p * kLanes;
+          float* at = scores + p * kLaneRows;
           __m256 y = _mm256_mul_ps(_mm256_cvtepi32_ps(total), _mm256_mul_ps(query_scale, _mm256_set1_ps(keys.scale[g][p])));
           if (keys.has_least) y = _mm256_fmadd_ps(sum, _mm256_set1_ps(keys.least[g][p]), y);
           if (g > 0) y = _mm256_add_ps(y, _mm256_load_ps(at));
@@ -49,30 +49,32 @@ inline void score_small_lanes(const int32_t* query, __m256 query_scale, const fl
   }
 }
 
+// A position's number in the lower lanes and the next one's in the upper.
+inline __m512 both(const float* two) {
+  return _mm512_mask_broadcastss_ps(_mm512_set1_ps(two[0]), 0xFF00, _mm_load_ss(two + 1));
+}
+
 // Weights [kBlock, 8] times the scales of a block's values, as pairs of integers near weight * scale * factor.
 inline void pair_integers(const float* weights, const float* scales, __m256 factor, int32_t* pairs) {
-  const __m256i order = _mm256_setr_epi16(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
   const __m512 factors = twice(factor);
 #pragma GCC unroll 4
   for (int i = 0; i < kBlock / 2; ++i) {
-    const __m512 scale = _mm512_mask_broadcastss_ps(_mm512_set1_ps(scales[2 * i]), 0xFF00, _mm_load_ss(scales + 2 * i + 1));
-    const __m512 x = _mm512_mul_ps(_mm512_mul_ps(_mm512_load_ps(weights + 16 * i), scale), factors);
-    const __m256i whole = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x));
-    _mm256_store_si256((__m256i*)(pairs + kLanes * i), _mm256_permutexvar_epi16(order, whole));
+    const __m512 x = _mm512_mul_ps(_mm512_mul_ps(_mm512_load_ps(weights + 16 * i), both(scales + 2 * i)), factors);
+    put_pairs(pairs + kLaneRows * i, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x)));
   }
 }
 
-// The largest of each row's weights, and of `least` the weighted sum.
+// Even and odd positions together: the larger of both, or their sum.
 inline __m256 folded(f32x16 x, bool largest) {
   const __m256 low = _mm512_castps512_ps256((__m512)x), high = _mm512_extractf32x8_ps((__m512)x, 1);
   return largest ? _mm256_max_ps(low, high) : _mm256_add_ps(low, high);
 }
 
+// Each row's weights [kBlock, 8] times a number of each position.
 inline __m256 weighted_sum(const float* weights, const float* numbers) {
   f32x16 total = {};
   for (int i = 0; i < kBlock / 2; ++i) {
-    const __m512 number = _mm512_mask_broadcastss_ps(_mm512_set1_ps(numbers[2 * i]), 0xFF00, _mm_load_ss(numbers + 2 * i + 1));
-    total += lanes(weights + 16 * i) * (f32x16)number;
+    total += lanes(weights + 16 * i) * (f32x16)both(numbers + 2 * i);
   }
   return folded(total, false);
 }
@@ -81,10 +83,11 @@ inline __m256 weighted_sum(const float* weights, const float* numbers) {
 template <int V, int N>
 void attend_small_lanes(const float* query, float scale, const Run& keys, const Run& values, int64_t begin, int64_t end,
                         const int64_t* seen, int R, const Partial& out) {
-  constexpr int D = V * 16, U = D / 2;
-  alignas(64) int32_t units[U * kLanes], pairs[kBlock / 2 * kLanes];
+  constexpr int D = V * 16, U = D / 2, kCalls = kBlock / kUnderWay * U + kBlock / 2 * V / 2;
+  alignas(64) int32_t units[U * kLaneRows], pairs[kBlock / 2 * kLaneRows];
   alignas(64) int16_t wide[kBlock * D];
-  alignas(64) float scores[kBlock * kLanes], mixed[N * D] = {}, query_scales[kLanes] = {}, sums[kMostGroups][kLanes] = {};
+  alignas(64) float scores[kBlock * kLaneRows], mixed[N * D] = {};
+  alignas(64) float query_scales[kLaneRows] = {}, sums[kMostGroups][kLaneRows] = {};
   thread_local SmallQuery<V> asked;
   asked.template take<false>(query, R);
   take_lanes<U>(asked.units.data(), R, units);
@@ -97,10 +100,10 @@ void attend_small_lanes(const float* query, float scale, const Run& keys, const 
   Running running;
   for (int64_t s = begin; s < end; s += kBlock) {
     const int count = (int)std::min<int64_t>(kBlock, end - s);
-    int visible[kLanes];
+    int visible[kLaneRows];
     see(seen, R, s, count, visible);
     const int64_t later = std::clamp<int64_t>(end - s - kBlock, 0, kBlock);
-    Asking asking(keys.ahead(s + kBlock, end), values.ahead(s + kBlock, end), later, kBlock / kAtOnce * U + kBlock / 2 * V / 2);
+    Asking asking(keys.ahead(s + kBlock, end), values.ahead(s + kBlock, end), later, kCalls);
     read_block<V>(keys, s, count, key);
     for_groups<V>(keys.format, [&](auto groups) {
       score_small_lanes<V, decltype(groups)::value>(units, query_scale, sums, key, count, wide, asking, scores);
@@ -114,7 +117,7 @@ void attend_small_lanes(const float* query, float scale, const Run& keys, const 
     const __m256 tops = folded(top, true);
     for_groups<V>(values.format, [&](auto groups) {
       constexpr int kGroup = D / decltype(groups)::value;
-      alignas(32) float unit[kLanes], least[kLanes] = {};
+      alignas(32) float unit[kLaneRows], least[kLaneRows] = {};
       for (int d = 0; d < D; d += 32) {
         const int g = d / kGroup;
         if (d % kGroup == 0) {
@@ -131,7 +134,8 @@ void attend_small_lanes(const float* query, float scale, const Run& keys, const 
 #pragma GCC unroll 2
           for (int c = 0; c < 2; ++c) {
             float* at = mixed + n * D + d + 16 * c;
-            const f32x16 y = lanes(at) * all(running.keep[n]) + (f32x16)_mm512_cvtepi32_ps(totals[n][c]) * all(unit[n]) + least[n];
+            const f32x16 mixed_here = (f32x16)_mm512_cvtepi32_ps(totals[n][c]) * all(unit[n]) + least[n];
+            const f32x16 y = lanes(at) * all(running.keep[n]) + mixed_here;
             __builtin_memcpy(at, &y, 64);
           }
       }

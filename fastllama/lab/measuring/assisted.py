@@ -41,7 +41,7 @@ OPTIONS = {
     "draft_schedule": word(*SCHEDULES),
     "draft_weights": or_null(name),
 }
-_LATER = {"p_split": number, "draft_branches": small_size, "draft_device": name, "draft_window": small_size}
+_LATER = {"p_split": number, "draft_branches": small_size, "draft_device": name, "draft_window": small_count}
 _REPORTS = Kind(
     lambda value: isinstance(value, list) and value and all(map(object_, value)), "a list of at least one report"
 )

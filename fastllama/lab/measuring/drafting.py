@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 
 import fastllama
+from fastllama.decode.assisted.sharing import is_same_model
 from fastllama.demo.tokenizer import RESERVED_ID
 from fastllama.lab.fault import explained
 from fastllama.lab.measuring import checkpoint, vanilla
@@ -83,7 +84,9 @@ def load(point: Point, pad: int) -> fastllama.LlamaForCausalLM | None:
     how = config(point)
     fast = {} if how.weights is None else {"fast": how}
     draft, _ = checkpoint.load(found, fastllama.LlamaForCausalLM, point.torch_dtype, device(point), **fast)
-    window = point.assistance.draft_window or getattr(draft.generation_config, "draft_window", None)
+    window = point.assistance.draft_window
+    if window is None:
+        window = getattr(draft.generation_config, "draft_window", None)
     vanilla.plain_greedy(draft, pad)
     tokens = point.assistance.tokens
     if point.assistance.draft_tokens is None:  # the usual number shrinks to what fits
@@ -99,6 +102,11 @@ def load(point: Point, pad: int) -> fastllama.LlamaForCausalLM | None:
     with explained(f"the draft {found.name}, batch {rows}, cache of {point.positions}"):
         draft.preallocate(batch_size=rows, cache_length=point.positions, config=how)
     return draft
+
+
+def window(target, draft) -> int | None:
+    """How many tokens of a prompt the draft reads at most; None for all, and where it reads the target's cache."""
+    return None if is_same_model(target, draft) else getattr(draft.generation_config, "draft_window", None) or None
 
 
 def arguments(point: Point, target, draft) -> dict:

@@ -162,7 +162,11 @@ def _assisted_bytes(point: Point, subject: Contestant, prompt: Prompt, step: int
     if new_tokens == 1:
         return step
     draft = subject.assistance.get("assistant_model")
-    small = 0 if draft is None or drafting.is_elsewhere(point) else step_bytes(draft, prompt.lengths, new_tokens)
+    small = 0
+    if draft is not None and not drafting.is_elsewhere(point):
+        most = drafting.window(subject.model, draft)
+        read = [length if most is None else min(length, most) for length in prompt.lengths]
+        small = step_bytes(draft, read, new_tokens)
     rounds = sum(report["target_forwards"] - 1 for report in subject.reports)
     drafts = sum(report["draft_forwards"] for report in subject.reports)
     tokens = sum(report["new_tokens"] / rows - 1 for report in subject.reports)

@@ -54,7 +54,7 @@ class Assistance:
     draft_window: int | None = _option(
         None,
         "of a longer prompt the draft reads the first token and the last, so many in all; None as it is made for",
-        "None or an integer >= 2",
+        "None, 0 for all, or an integer >= 2",
     )
 
     def __post_init__(self):
@@ -68,7 +68,8 @@ class Assistance:
             self._refuse("draft_schedule")
         if self.p_split is not None and not (type(self.p_split) in (int, float) and 0 <= self.p_split <= 1):
             self._refuse("p_split")
-        if self.draft_window is not None and (type(self.draft_window) is not int or self.draft_window < 2):
+        window = 0 if self.draft_window is None else self.draft_window
+        if type(window) is not int or window < 0 or window == 1:
             self._refuse("draft_window")
         self._check_device()
         try:
@@ -169,7 +170,7 @@ class Assistance:
             head = f"draft {self.draft or 'of the same model'}"
             head += f" in {self.draft_weights}" if self.draft_weights is not None else ""
             head += f" on {self.draft_device}" if self.draft_device is not None else ""
-            head += f" reading {self.draft_window}" if self.draft_window is not None else ""
+            head += f" reading {self.draft_window or 'all'}" if self.draft_window is not None else ""
             # What adapts has had other limits where nobody gave one.
             head += " K" if self.draft_tokens is None and self._adapts else f" K {self.tokens}"
             if self.splits:

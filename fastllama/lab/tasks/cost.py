@@ -5,6 +5,10 @@ K drafted tokens of a round
 
 from statistics import median
 
+import torch
+
+from fastllama.decode.prompt import recent, unpad
+from fastllama.lab.measuring import drafting
 from fastllama.lab.points.fields import check, number, object_
 from fastllama.lab.points.workload import Prompt
 from fastllama.lab.suite.rounds import Lane
@@ -26,19 +30,27 @@ def measure(target, draft, prompt: Prompt, cache_length: int) -> dict:
     held = prompt.input_ids.shape[1]
     lanes = {size: lane for size, lane in lanes.items() if room // int(size) > 1 and int(size) <= held}
     if draft is not None:
-        lanes["draft"] = Lane("draft", draft, prompt, cache_length)
+        lanes["draft"] = Lane("draft", draft, _shown(prompt, drafting.window(target, draft)), cache_length)
     taken: dict[int | str, list[float]] = {name: [] for name in lanes}
     for _ in range(_ROUNDS):
         for name, lane in lanes.items():
             lane.used = None  # lanes of one model begin anew
             taken[name].append(lane.seconds(_STEPS))
     seconds = {name: median(values) for name, values in taken.items()}
-    drafting = seconds.pop("draft", 0.0)
+    draft_step_s = seconds.pop("draft", 0.0)
     return {
         "step_s": seconds[1],
-        "draft_step_s": drafting,
+        "draft_step_s": draft_step_s,
         "verify_s": {str(size): value for size, value in seconds.items()},
     }
+
+
+def _shown(prompt: Prompt, most: int | None) -> Prompt:
+    """What a draft reads of a prompt of one row."""
+    if most is None or prompt.input_ids.shape[1] <= most:
+        return prompt
+    ids = recent(unpad(prompt.input_ids, prompt.attention_mask), most).tokens
+    return Prompt(ids, torch.ones_like(ids))
 
 
 def check_costs(costs: dict) -> None:
