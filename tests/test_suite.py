@@ -167,6 +167,10 @@ def test_context_and_reservation(tiny, light):
     assert figures["expected_ms"] == pytest.approx(1000 * expected)
     assert figures["context_cost"] == pytest.approx(figures["added_ms"] / figures["expected_ms"])
     assert measured.parity == "exact"
+    # one for each round
+    assert {len(each) for each in (measured.samples["ceiling_gb_per_s"], *measured.samples["step_s"].values())} == {
+        case.runs
+    }
     assert rounds.reservation(case_of(tiny), "cpu").figures.keys() >= {"time_ratio"}
     assert rounds.rival(case_of(tiny, runs=2), "cpu").figures.keys() == {"time_ratio", "alone_ms", "beside_ms"}
 

@@ -69,6 +69,19 @@ class Timed(Protocol):
     def seconds(self, steps: int = ...) -> float: ...
 
 
+class Reading:
+    """The ceiling, in turns with the steps that are held against it: memory's speed changes within minutes."""
+
+    name = "ceiling"
+
+    def __init__(self, device: torch.device):
+        self.ceiling = Ceiling(device)
+
+    def seconds(self, steps: int = 1) -> float:
+        """Of a gigabyte, whatever `steps` is."""
+        return 1 / self.ceiling.measure()
+
+
 def take_turns(lanes: Sequence[Timed], rounds: int) -> dict[str, list[float]]:
     """Seconds of a step of each lane, one median per round; a first round is not counted."""
     for lane in lanes:
@@ -188,26 +201,25 @@ _SHORT, _SPARE = 128, 96
 
 def context(case: Case, device: str) -> Measured:
     """What a long context adds to a token's time, over the time that the ceiling gives its keys and values."""
-    ceiling = Ceiling(torch.device(device))
-    ceiling.measure()
+    reading = Reading(torch.device(device))
     with stable(case, device) as held:
         short = held.lane("short", 1, _SHORT, _SHORT + _SPARE)
         long = held.lane("long", 1, case.prompt_length, case.prompt_length + _SPARE)
-        taken = take_turns([short, long], case.runs)
+        taken = take_turns([reading, short, long], case.runs)
         checks = [held.check(long)]
         point = case.point(device)
         position = checkpoint.position_bytes(held.found.config, point.torch_dtype.itemsize, *point.cache_formats)
-    ceiling.measure()
+    read = [1 / seconds for seconds in taken.pop(reading.name)]
     added = median(one - other for one, other in zip(taken["long"], taken["short"], strict=True))
-    expected = position * (case.prompt_length - _SHORT) / (ceiling.gb_per_s * 1e9)
+    expected = position * (case.prompt_length - _SHORT) / (median(read) * 1e9)
     figures = {
         "context_cost": added / expected,
         "added_ms": 1000 * added,
         "expected_ms": 1000 * expected,
         "short_ms": 1000 * median(taken["short"]),
-        "ceiling_gb_per_s": ceiling.gb_per_s,
+        "ceiling_gb_per_s": median(read),
     }
-    return Measured(figures, samples={"step_s": taken}, checks=checks)
+    return Measured(figures, samples={"step_s": taken, "ceiling_gb_per_s": read}, checks=checks)
 
 
 @contextmanager
