@@ -11,9 +11,12 @@ from fastllama.decode.engine import Engine
 from fastllama.decode.prompt import recent, unpad
 from fastllama.demo import names
 from fastllama.demo.refine import DRAFT_WINDOW
+from fastllama.lab.measuring import drafting
+from fastllama.lab.points.workload import Prompt
+from fastllama.lab.tasks import cost
 from tests import drafts
 from tests.drafts import assistance
-from tests.tiny import GREEDY, SAMPLED, generate, prompt
+from tests.tiny import GREEDY, generate, prompt
 
 NEW = 24
 
@@ -68,8 +71,8 @@ def test_greedy_text_is_the_same(models, read, more, batch, window, compile):
     expected = generate(vanilla, inputs, max_new_tokens=NEW, **GREEDY)
     if compile is not None:
         how = {"compile": compile, "products": "native" if compile == "native" else "stock"}
-        ours.preallocate(rows, width + 3 * NEW, **how)
-        draft.preallocate(rows, min(width, window) + 3 * NEW, **how)  # less than the text where it reads less
+        ours.preallocate(rows, width + NEW - 1, **how)
+        draft.preallocate(rows, min(width, window) + NEW - 1, **how)  # less than the text where it reads less
     asked = assistance("draft", draft) | more | {"draft_window": window}
     assert torch.equal(generate(ours, inputs, max_new_tokens=NEW, **asked, **GREEDY), expected)
     assert ours.assisted.draft_tokens > 0
@@ -111,12 +114,21 @@ def test_what_it_proposes_is_what_it_would_say_after_those_tokens(models, monkey
     assert first[0] == own[:, 4:].tolist()
 
 
-def test_drawn_tokens_keep_to_the_call(models):
+def test_drawn_tokens_are_judged_by_what_the_draft_drew_them_from(models, monkeypatch):
     _, ours, draft = models
-    torch.manual_seed(0)
-    asked = assistance("draft", draft) | {"draft_window": 4}
-    found = generate(ours, prompt("padded"), max_new_tokens=NEW, **asked, **SAMPLED)
-    assert found.shape[1] > prompt("padded")["input_ids"].shape[1] and ours.assisted.draft_tokens > 0
+    proposals, plain = [], DraftProposer.propose
+
+    def propose(self, *args, **kwargs):
+        proposals.append(plain(self, *args, **kwargs))
+        return proposals[-1]
+
+    monkeypatch.setattr(DraftProposer, "propose", propose)
+    ids = prompt("one")["input_ids"]
+    asked = assistance("draft", draft) | {"draft_window": 4, "do_sample": True, "top_k": 0}
+    new = generate(ours, prompt("one"), max_new_tokens=NEW, **asked)[:, ids.shape[1] :]
+    shown = torch.cat((ids[:, :1], ids[:, -3:], new[:, :1]), 1)
+    expected = draft(shown).logits[:, -1].softmax(-1)
+    torch.testing.assert_close(proposals[0].probabilities[:, 0], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_draft_says_how_much_it_reads(models, read):
@@ -160,6 +172,19 @@ def test_the_adaptive_schedule(models, batch):
     for _ in range(3):  # what it has learnt changes what it does
         found = generate(ours, prompt(batch), max_new_tokens=100, assistant_model=draft, draft_window=4, **GREEDY)
         assert torch.equal(found, expected)
+
+
+def test_costs_and_bytes_are_of_what_the_draft_reads(models):
+    _, ours, draft = models
+    inputs = prompt("one")
+    given = Prompt(inputs["input_ids"], inputs["attention_mask"])
+    assert drafting.window(ours, draft) is None and cost._shown(given, None) is given
+    draft.generation_config.draft_window = 4
+    twin = copy.deepcopy(ours)
+    twin.generation_config.draft_window = 4
+    assert drafting.window(ours, draft) == 4 and drafting.window(ours, twin) is None
+    ids = given.input_ids
+    assert torch.equal(cost._shown(given, 4).input_ids, torch.cat((ids[:, :1], ids[:, -3:]), 1))
 
 
 def test_the_demos_draft_reads_what_it_learned_from(tmp_path, monkeypatch):

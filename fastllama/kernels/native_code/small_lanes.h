@@ -134,8 +134,8 @@ void attend_small_lanes(const float* query, float scale, const Run& keys, const 
 #pragma GCC unroll 2
           for (int c = 0; c < 2; ++c) {
             float* at = mixed + n * D + d + 16 * c;
-            const f32x16 mixed_here = (f32x16)_mm512_cvtepi32_ps(totals[n][c]) * all(unit[n]) + least[n];
-            const f32x16 y = lanes(at) * all(running.keep[n]) + mixed_here;
+            const f32x16 block = (f32x16)_mm512_cvtepi32_ps(totals[n][c]) * all(unit[n]) + least[n];
+            const f32x16 y = lanes(at) * all(running.keep[n]) + block;
             __builtin_memcpy(at, &y, 64);
           }
       }

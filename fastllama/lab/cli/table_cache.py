@@ -124,7 +124,7 @@ GROUPS = {
             WHOLE,
             (),
             (),
-            "of a longer prompt the draft reads the first token and the last, so many in all",
+            "of a longer prompt the draft reads the first token and the last, so many in all; 0: all",
             own=("--draft-window",),
         ),
         Option(

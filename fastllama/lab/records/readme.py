@@ -130,13 +130,21 @@ _RESULT_RIGHT = (
 )
 
 
+_WORKLOAD = ("batch_size", "prompt_length", "new_tokens")
+
+
 def result(records: list[dict], root: Path = ROOT) -> str:
-    """A table per machine: of each model and dtype the newest commit's row that has vanilla beside it."""
+    """A table per machine: of each model and dtype the newest row that has vanilla beside it.
+
+    A model keeps the workload that it was first recorded with there: a later row of an easier one says nothing of it.
+    """
     newest: dict[str, dict[tuple, dict]] = {}
     for record in own_rows(records):
         if record["baseline"] is not None and record["switches"]["preallocate"] and "assisted" not in record:
-            key = (record["model"], record["dtype"])
-            newest.setdefault(figures.machine_name(record), {})[key] = record
+            models = newest.setdefault(figures.machine_name(record), {})
+            shown = models.setdefault((record["model"], record["dtype"]), record)
+            if all(shown[name] == record[name] for name in _WORKLOAD):
+                models[record["model"], record["dtype"]] = record
     if not newest:
         return "No record yet: see `changes.md`.\n"
     parts = []
