@@ -195,7 +195,8 @@ def _add_assistance(group) -> None:
     group.add_argument(
         "--draft-window",
         metavar="N",
-        help="of a longer prompt the draft reads the first token and the last, so many in all; 0: all (as it is made for)",
+        help="of a longer prompt the draft reads the first token and the last, so many in all; "
+        "0: all (as it is made for)",
     )
     group.add_argument("--draft-device", metavar="WHERE", help="cpu, cuda, ...: where the draft runs (the target's)")
     group.add_argument(
