@@ -15,6 +15,7 @@ from fastllama.decode.assisted.call import assisted_call
 from fastllama.decode.assisted.companions import Companions
 from fastllama.decode.assisted.report import Assisted
 from fastllama.decode.assisted.support import ASKED, own_arguments
+from fastllama.decode.cache_name import CACHE_NAMES
 from fastllama.decode.context.choose import positions_used, require_unmoved
 from fastllama.decode.ending import well_ended
 from fastllama.decode.engine import Engine
@@ -204,7 +205,7 @@ class LlamaForCausalLM(transformers.LlamaForCausalLM):
         own = own_arguments(kwargs)
         config = args[1] if len(args) > 1 else kwargs.get("generation_config")
         asked = {name: (own | kwargs).get(name, getattr(config, name, None)) for name in ASKED}
-        given = kwargs.get("past_key_values") is not None
+        given = any(kwargs.get(name) is not None for name in CACHE_NAMES)
         result = telling(Told(given, asked), functools.partial(super().generate, *args, **kwargs))
         if self._path is _UNFINISHED:
             self._say_parent("this decoding mode is not sped up")

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from transformers.distributed.tensor_parallel import ColwiseParallel
 
 import fastllama
+from fastllama.decode.cache_name import CACHE_NAME
 from fastllama.lab.measuring.ceiling import step_bytes
 from fastllama.model.weights import _adjacent
 from tests import tiny
@@ -106,7 +107,7 @@ def _more(folder: Path) -> dict:
     drawn = model.generate_many(prompts, slots=2, max_new_tokens=6, **tiny.SAMPLED)
     found["many_drawn"] = [list(result.ids) for result in drawn]
     given = tiny.generate(model, padded, return_dict_in_generate=True, **tiny.GREEDY, **NEW)
-    found["returned_heads"] = given.past_key_values.layers[0].keys.shape[1]
+    found["returned_heads"] = given[CACHE_NAME].layers[0].keys.shape[1]
     looked_up = tiny.generate(model, tiny.prompt("one"), prompt_lookup_num_tokens=3, **tiny.GREEDY, **NEW)
     found["lookup"], found["lookup_path"] = looked_up, model.path
     found["refused"] = {

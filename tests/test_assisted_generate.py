@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM as Vanilla
 
 import fastllama
 from fastllama.decode.assisted.schedule import Constant
+from fastllama.decode.cache_name import CACHE_NAME
 from fastllama.decode.engine import Engine
 from fastllama.demo.names import demo_folder
 from fastllama.kernels.linear import NATIVE_ROWS
@@ -239,7 +240,7 @@ def test_the_cache_handed_out_is_the_one_without_assistance(models, batch):
     options["return_dict_in_generate"] = True
     expected, found = generate(ours, inputs, **options), generate(ours, inputs, **options, **assistance("draft", draft))
     assert torch.equal(found.sequences, expected.sequences)
-    for layer, other in zip(found.past_key_values.layers, expected.past_key_values.layers, strict=True):
+    for layer, other in zip(found[CACHE_NAME].layers, expected[CACHE_NAME].layers, strict=True):
         torch.testing.assert_close(layer.keys, other.keys, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(layer.values, other.values, rtol=1e-4, atol=1e-4)
 

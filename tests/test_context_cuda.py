@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from fastllama.decode.cache_name import CACHE_NAME
 from tests.plain_context import grouped, rows_of, shifted
 from tests.tiny import GREEDY, generate, pair, prompt
 
@@ -58,7 +59,7 @@ def test_a_cache_on_the_cpu_gives_the_same_text(switches, batch):
     out = generate(ours, inputs, max_new_tokens=NEW, return_dict_in_generate=True, **GREEDY)
     assert torch.equal(out.sequences, expected) and "cache and attention on the CPU" in ours.path
     assert all(keys.device.type == "cpu" for keys in ours._engine.cache.keys)
-    assert out.past_key_values.layers[0].keys.device.type == "cuda"
+    assert out[CACHE_NAME].layers[0].keys.device.type == "cuda"
     with pytest.raises(ValueError, match="a compiled step stays on one device"):
         ours.preallocate(1, 64, cache_device="cpu", compile="static")
 

@@ -10,6 +10,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 import fastllama
 from fastllama.cache import moving
+from fastllama.decode.cache_name import CACHE_NAME
 from fastllama.decode.loop import sample_loop
 from fastllama.kernels import native
 from fastllama.kernels.blocks import FORMATS
@@ -257,12 +258,12 @@ def test_an_implicit_cache_grows_to_the_models_positions_and_then_shifts():
 # what is left in the cache
 
 
-def test_past_key_values_are_what_is_left():
+def test_the_returned_cache_is_what_is_left():
     vanilla, ours = pair()
     inputs = prompt("padded")
     preallocated(ours, 3)
     out = generate(ours, inputs, max_new_tokens=40, return_dict_in_generate=True, **GREEDY)
-    cache, lengths = out.past_key_values, ours.valid_past_index.tolist()
+    cache, lengths = out[CACHE_NAME], ours.valid_past_index.tolist()
     assert cache.get_seq_length() == max(lengths)
     more = out.sequences[:, -1:]
     mask = torch.tensor(
@@ -270,7 +271,7 @@ def test_past_key_values_are_what_is_left():
     ).long()
     with torch.no_grad():
         positions = torch.tensor(lengths)[:, None]
-        expected = vanilla(more, past_key_values=cache, attention_mask=mask, position_ids=positions).logits
+        expected = vanilla(more, attention_mask=mask, position_ids=positions, **{CACHE_NAME: cache}).logits
     assert (ours.step(more) - expected).abs().max() / expected.abs().max() < 1e-5
 
 
@@ -280,7 +281,7 @@ def test_a_text_that_fits_is_untouched():
     expected = generate(vanilla, inputs, max_new_tokens=10, **GREEDY)
     out = generate(preallocated(ours, 3), inputs, max_new_tokens=10, return_dict_in_generate=True, **GREEDY)
     assert torch.equal(out.sequences, expected) and ours.path.endswith("context not shifted")
-    assert out.past_key_values.get_seq_length() == 23
+    assert out[CACHE_NAME].get_seq_length() == 23
 
 
 # what is refused

@@ -1,11 +1,14 @@
 """Everything that `generate` can be asked for, equal to the parent's."""
 
+import copy
+
 import pytest
 import torch
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 import fastllama
+from fastllama.decode.cache_name import CACHE_NAME, CACHE_NAMES
 from fastllama.decode.loop import sample_loop
 from tests.tiny import GREEDY, SAMPLED, generate, pair, prompt
 
@@ -165,9 +168,9 @@ def test_return_dict(which, batch, request):
         assert isinstance(ours_steps, tuple) and len(ours_steps) == NEW
         for a, b in zip(ours_steps, steps, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
-    assert isinstance(found.past_key_values, DynamicCache)
+    assert isinstance(found[CACHE_NAME], DynamicCache)
     real = torch.cat((inputs["attention_mask"], torch.ones(inputs["input_ids"].shape[0], NEW - 1)), 1).bool()
-    for ours_layer, layer in zip(found.past_key_values.layers, expected.past_key_values.layers, strict=True):
+    for ours_layer, layer in zip(found[CACHE_NAME].layers, expected[CACHE_NAME].layers, strict=True):
         for a, b in ((ours_layer.keys, layer.keys), (ours_layer.values, layer.values)):
             assert a.shape == b.shape
             chosen = real[:, None, :, None].expand_as(a)
@@ -182,9 +185,11 @@ def test_the_returned_cache_is_a_copy_and_continues(models):
     mask = torch.cat((inputs["attention_mask"], torch.ones(3, NEW, dtype=torch.long)), 1)
     again = {"input_ids": first.sequences, "attention_mask": mask}
     expected = generate(vanilla, again, max_new_tokens=8, **GREEDY)
-    found = generate(ours, again, max_new_tokens=8, past_key_values=first.past_key_values, **GREEDY)
-    assert ours.path == "parent: past_key_values are given"
-    assert torch.equal(found, expected)
+    for name in CACHE_NAMES[CACHE_NAMES.index(CACHE_NAME) :]:  # a newer transformers still takes the older name
+        given = {name: copy.deepcopy(first[CACHE_NAME])}
+        found = generate(ours, again, max_new_tokens=8, **given, **GREEDY)
+        assert ours.path == "parent: a cache is given"
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 5, 14, 50])
@@ -378,7 +383,7 @@ def test_stop_checks_behind_the_work_take_surplus_steps_back(lag, decoding, step
     found = generate(ours, inputs, **options)
     assert torch.equal(found.sequences, expected.sequences)
     assert len(found.scores) == len(expected.scores)
-    assert found.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length()
+    assert found[CACHE_NAME].get_seq_length() == expected[CACHE_NAME].get_seq_length()
     assert torch.equal(torch.get_rng_state(), state)
 
 

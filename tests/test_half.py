@@ -9,6 +9,7 @@ import transformers
 
 import fastllama
 from fastllama import demo
+from fastllama.decode.cache_name import CACHE_NAME
 from fastllama.demo.text import held_out_text
 from fastllama.kernels import native
 from fastllama.kernels.linear import can_pack
@@ -53,7 +54,7 @@ def vanilla(request, folder, reference):
         logits = [out.logits[0, -1]]
         for position in range(PREFIX, ids.shape[1] - 1):
             token = ids[:, position : position + 1]
-            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+            out = model(input_ids=token, use_cache=True, **{CACHE_NAME: out[CACHE_NAME]})
             logits.append(out.logits[0, -1])
     return request.param, torch.stack(logits)
 

@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 import fastllama
 from fastllama.cache.budget import CacheShape
 from fastllama.cache.small_cache import SmallCache
+from fastllama.decode.cache_name import CACHE_NAME
 from fastllama.kernels import stored_attention
 from fastllama.kernels.blocks import FORMATS
 from fastllama.kernels.stored import expand, part_sizes, quantise
@@ -274,7 +275,7 @@ def test_the_cache_that_is_handed_out_holds_what_was_stored():
         mask = torch.cat((inputs["attention_mask"], torch.ones(3, 4, dtype=torch.int64)), 1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         exact = vanilla(input_ids=result.sequences[:, :-1], attention_mask=mask, position_ids=positions)
-    for layer, other in zip(result.past_key_values.layers, exact.past_key_values.layers, strict=True):
+    for layer, other in zip(result[CACHE_NAME].layers, exact[CACHE_NAME].layers, strict=True):
         for found, plain in ((layer.keys, other.keys), (layer.values, other.values)):
             assert found.shape == plain.shape and found.dtype == torch.float32
             real = mask.bool()[:, None, :, None]

@@ -10,6 +10,7 @@ import fastllama
 from fastllama.decode.assisted import verify
 from fastllama.decode.assisted.accept import draw, stands, without
 from fastllama.decode.assisted.tree import Tree, drafted, verified, walked
+from fastllama.decode.cache_name import CACHE_NAME
 from fastllama.demo.names import demo_folder
 from fastllama.model.tree import Branching
 from tests import small
@@ -167,7 +168,7 @@ def test_the_cache_handed_out_is_the_one_without_assistance(models):
         options["return_dict_in_generate"] = True
         expected, found = generate(ours, inputs, **options), generate(ours, inputs, **options, **splitting(draft))
         assert torch.equal(found.sequences, expected.sequences)
-        for layer, other in zip(found.past_key_values.layers, expected.past_key_values.layers, strict=True):
+        for layer, other in zip(found[CACHE_NAME].layers, expected[CACHE_NAME].layers, strict=True):
             torch.testing.assert_close(layer.keys, other.keys, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(layer.values, other.values, rtol=1e-4, atol=1e-4)
 

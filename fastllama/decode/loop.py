@@ -8,6 +8,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from fastllama.decode.cache_name import CACHE_NAME
 from fastllama.decode.choice import Choice, GreedyChoice
 from fastllama.decode.context.window import window_out
 from fastllama.decode.engine import Engine
@@ -74,7 +75,7 @@ def sample_loop(
         sequences=choice.ids.contiguous(),
         scores=None if choice.scores is None else tuple(choice.scores),
         logits=None if choice.raw_logits is None else tuple(choice.raw_logits),
-        past_key_values=copied_out(model, engine, prompt, batch),
+        **{CACHE_NAME: copied_out(model, engine, prompt, batch)},
     )
 
 

@@ -17,5 +17,5 @@ def opening(
     """
     together.begin(model, generation_config)
     sampling_call.begin(logits_processor, input_ids, inputs.get("attention_mask"))
-    reason = "past_key_values are given" if told().cache else None
+    reason = "a cache is given" if told().cache else None
     return reason or model_obstacle(model) or call_obstacle(model, generation_config, synced_gpus, inputs)

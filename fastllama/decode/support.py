@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP
 
+from fastllama.decode.cache_name import CACHE_NAMES
 from fastllama.model import spread
 from fastllama.model.released import is_released
 
@@ -11,7 +12,7 @@ _KNOWN_INPUTS = {
     "attention_mask",
     "position_ids",
     "cache_position",
-    "past_key_values",
+    *CACHE_NAMES,
     "use_cache",
     "inputs_embeds",
     "logits_to_keep",

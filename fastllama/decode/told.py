@@ -10,7 +10,7 @@ Result = TypeVar("Result")
 class Told(NamedTuple):
     """Of the call in progress in this thread."""
 
-    cache: bool = False  # whether it was handed past_key_values
+    cache: bool = False  # whether it was handed one
     assistance: dict | None = None  # by name: transformers reads it from the draft's generation config only
 
 

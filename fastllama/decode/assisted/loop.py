@@ -19,6 +19,7 @@ from fastllama.decode.assisted.support import Asked, one_by_one
 from fastllama.decode.assisted.tree import verified
 from fastllama.decode.assisted.tree_proposer import TreeProposer
 from fastllama.decode.assisted.verify import GreedyVerifier, ProcessedVerifier, SequentialVerifier
+from fastllama.decode.cache_name import CACHE_NAME
 from fastllama.decode.choice import Choice, GreedyChoice
 from fastllama.decode.engine import Engine
 from fastllama.decode.loop import copied_out
@@ -77,7 +78,7 @@ def assisted_loop(
         sequences=cast(torch.LongTensor, ids),
         scores=None if verifier.scores is None else tuple(verifier.scores),
         logits=None if verifier.raw_logits is None else tuple(verifier.raw_logits),
-        past_key_values=copied_out(model, engine, prompt, batch),
+        **{CACHE_NAME: copied_out(model, engine, prompt, batch)},
     )
     return output, report
 

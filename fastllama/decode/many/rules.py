@@ -11,6 +11,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from fastllama.decode import together
 from fastllama.decode.assisted.processing import Processing
+from fastllama.decode.cache_name import CACHE_NAMES
 from fastllama.decode.sampling import call as sampling_call
 from fastllama.decode.sampling.options import Sampling
 from fastllama.decode.support import call_obstacle
@@ -25,7 +26,7 @@ _NEVER: tuple[str, ...] = (
     "attention_mask",
     "position_ids",
 )
-_NEVER += ("past_key_values", "custom_generate", "synced_gpus", "token_healing")
+_NEVER += (*CACHE_NAMES, "custom_generate", "synced_gpus", "token_healing")
 
 
 class Rules(NamedTuple):
@@ -141,7 +142,7 @@ class Asked:
             obstacle = "token_healing is on"
         elif config.return_dict_in_generate:
             obstacle = "return_dict_in_generate is on"
-        inputs = {name: value for name, value in inputs.items() if name not in ("attention_mask", "past_key_values")}
+        inputs = {name: value for name, value in inputs.items() if name not in ("attention_mask", *CACHE_NAMES)}
         obstacle = obstacle or call_obstacle(self.model, config, False, inputs)
         if obstacle is not None:
             raise ValueError(f"generate_many cannot run: {obstacle}")

@@ -12,6 +12,7 @@ from transformers import StaticCache
 from transformers.distributed import DistributedConfig
 
 import fastllama
+from fastllama.decode.cache_name import CACHE_NAME
 from fastllama.lab.devices.world import meet
 from fastllama.lab.fault import explained
 from fastllama.lab.measuring import assisted, checkpoint, drafting, vanilla
@@ -93,7 +94,7 @@ class Contestant:
             extra |= {"cache_implementation": "static", "disable_compile": True}
         elif self.name == "static":
             cache = StaticCache(config=self.model.config, max_cache_len=self.positions)
-            extra |= {"past_key_values": cache, "disable_compile": True}
+            extra |= {CACHE_NAME: cache, "disable_compile": True}
         return extra
 
     def warm_up(self, prompt: Prompt, new_tokens: int, times: int) -> None:

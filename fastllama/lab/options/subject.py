@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import fastllama
 from fastllama import demo
+from fastllama.decode.cache_name import CACHE_NAME
 from fastllama.lab.fault import explained, sentence
 from fastllama.lab.measuring import checkpoint, environment, vanilla
 from fastllama.lab.measuring.checkpoint import Checkpoint
@@ -179,7 +180,7 @@ class Subject:
         return self._forward(ids_11)
 
     def _forward(self, ids_1T: torch.Tensor) -> torch.Tensor:
-        out = self.model(input_ids=ids_1T, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        out = self.model(input_ids=ids_1T, use_cache=True, logits_to_keep=1, **{CACHE_NAME: self._cache})
         return out.logits[:, -1]
 
     def free(self) -> None:
