@@ -36,7 +36,7 @@ def reference(x: torch.Tensor, product: Small) -> torch.Tensor:
 @pytest.mark.parametrize("bytes", [True, False], ids=["as told", "no instruction for bytes"])
 def test_it_multiplies_as_the_expanded_weight_does(dtype, format, rows_of_x, rows, columns, bytes, monkeypatch):
     if not bytes:
-        monkeypatch.setattr(native, "multiplies_bytes", False)
+        monkeypatch.setattr(native, "sums_products_of", "none")
     generator = torch.Generator().manual_seed(rows_of_x)
     x = torch.randn(rows_of_x, columns, generator=generator).to(dtype)
     product = small(rows, columns, format, torch.randn(rows, generator=generator).to(dtype))
@@ -109,18 +109,21 @@ def test_many_rows_are_expanded_only_where_that_is_faster(monkeypatch):
     taken = []
     by_expanding = small_product._natively_expanded
     monkeypatch.setattr(small_product, "_natively_expanded", lambda *args: taken.append(1) or by_expanding(*args))
-    product = small(32, 64, "int8")
+    products = {format: small(32, 64, format) for format in ("int8", "int4")}
 
-    def expands(rows: int, dtype: torch.dtype) -> bool:
+    def expands(rows: int, dtype: torch.dtype, format: str = "int8") -> bool:
         taken.clear()
-        product(torch.randn(rows, 64).to(dtype))
-        assert bool(taken) == small_product.expands(rows, dtype)
+        products[format](torch.randn(rows, 64).to(dtype))
+        assert bool(taken) == small_product.expands(rows, dtype, format)
         return bool(taken)
 
-    monkeypatch.setattr(native, "multiplies_bytes", True)
+    monkeypatch.setattr(native, "sums_products_of", "bytes")
     assert [expands(rows, torch.bfloat16) for rows in (16, 17, 96, 97)] == [False, False, False, True]
     assert not expands(400, torch.float32) and not expands(400, torch.float16)
-    monkeypatch.setattr(native, "multiplies_bytes", False)
+    monkeypatch.setattr(native, "sums_products_of", "shorts")
+    assert [expands(rows, torch.bfloat16, "int4") for rows in (96, 97)] == [False, True]
+    assert not expands(400, torch.bfloat16) and not expands(400, torch.float32)
+    monkeypatch.setattr(native, "sums_products_of", "none")
     assert [expands(rows, torch.float32) for rows in (16, 17)] == [False, True]
 
 

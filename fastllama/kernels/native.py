@@ -45,14 +45,15 @@ def machine() -> str:
     return hashlib.sha256(repr(words).encode()).hexdigest()[:12]
 
 
-# Whether the processor has an instruction for sums of products of bytes; known once the operators are loaded.
-multiplies_bytes = False
+# Of which integers the processor sums products in one instruction: "bytes", "shorts" or "none"; known once the operators
+# are loaded.
+sums_products_of = "none"
 
 
 @functools.cache
 def load() -> str | None:
     """Builds (once per machine) and loads the operators; None when they are ready, else why they are not."""
-    global multiplies_bytes
+    global sums_products_of
     if platform.machine() not in ("x86_64", "AMD64") or sys.platform != "linux":
         return "it is written for x86-64 Linux"
     code = b"".join(path.read_bytes() for path in _SOURCES) + repr(_FLAGS).encode()
@@ -70,7 +71,7 @@ def load() -> str | None:
         return f"it was not built: {words[0]}"
     torch.library.register_fake("fastllama_native::linear_rows", _rows_shape)
     torch.library.register_fake("fastllama_native::linear_small", _small_shape)
-    multiplies_bytes = torch.ops.fastllama_native.multiplies_bytes()
+    sums_products_of = torch.ops.fastllama_native.sums_products_of()
     return None
 
 

@@ -11,8 +11,8 @@ void attend_head(int64_t D, const float* units, float scale, const Run& keys, co
                  const int64_t* seen, int R, const Partial& out) {
   for_head_dim(D, [&](auto v) {
     constexpr int V = decltype(v)::value;
-    with_blocks<T, V>(keys, values, [&](const auto& key, const auto& value) {
-      attend_group<T, V>(units, scale, key, value, begin, end, seen, R, out);
+    with_blocks<T, V>(keys, values, [&](auto number, const auto& key, const auto& value) {
+      attend_group<decltype(number), V>(units, scale, key, value, begin, end, seen, R, out);
     });
   });
 }

@@ -66,7 +66,7 @@ at::Tensor attend_stored(const at::Tensor& query, at::TensorList keys, c10::stri
   return out;
 }
 
-void store(const at::Tensor& fresh, at::TensorList parts, c10::string_view format, const at::Tensor& index) {
+void store_tokens(const at::Tensor& fresh, at::TensorList parts, c10::string_view format, const at::Tensor& index) {
   TORCH_CHECK(fresh.dim() == 4 && fresh.stride(3) == 1 && !parts.empty() && parts[0].dim() == 4, "store: a tensor's layout");
   const int64_t B = fresh.size(0), Q = fresh.size(1), K = fresh.size(2), D = fresh.size(3);
   TORCH_CHECK(parts[0].size(0) >= B && parts[0].size(1) == K, "store: new tokens ", fresh.sizes(), " do not fit the cache's ",
@@ -99,5 +99,5 @@ TORCH_LIBRARY_FRAGMENT(fastllama_native, library) {
   library.def("store(Tensor new, Tensor(a!)[] parts, str format, Tensor index) -> ()");
   library.impl("attend_prompt", c10::DispatchKey::CPU, &attend_prompt);
   library.impl("attend_stored", c10::DispatchKey::CPU, &attend_stored);
-  library.impl("store", c10::DispatchKey::CPU, &store);
+  library.impl("store", c10::DispatchKey::CPU, &store_tokens);
 }

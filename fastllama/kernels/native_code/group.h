@@ -1,6 +1,6 @@
 // Which code attends: by the number of query rows of a kv head, and by what its keys and values are stored as.
 //
-// Legend: R query rows of one kv head (group x new tokens), D head dim, V = D / 16.
+// Legend: R query rows of one kv head (group x new tokens), D head dim, V = D / kVector.
 
 #pragma once
 

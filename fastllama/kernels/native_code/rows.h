@@ -1,7 +1,7 @@
 // Attention of several query rows of one kv head: each block of keys and values is rearranged once for all of them, so
 // that no sum has to be taken across a vector.
 //
-// Legend: R query rows, D head dim, S cached positions, V = D / 16. A unit is 32 bits: one fp32 number, or two in bf16.
+// Legend: R query rows, D head dim, S cached positions, V = D / kVector. A unit is 32 bits: one fp32 number, or two in bf16.
 // The specification is torch.nn.functional.scaled_dot_product_attention in fp32.
 
 #pragma once
@@ -10,9 +10,12 @@
 
 namespace {
 
+// Vectors of each row's sums that are taken at once: of 4 rows, 16 vectors of sums fit AVX-512's registers, else 8.
+constexpr int kAcross = kVector == 16 ? 4 : 2;
+
 // Numbers a unit holds: pairs where the processor multiplies them and the head dim is whole vectors of them.
 template <typename T, int V>
-constexpr int kNumbers = V * 16 % Lane<T>::kStep == 0 ? Lane<T>::kStep / 16 : 1;
+constexpr int kNumbers = kInPairs<T> && V * kVector % 32 == 0 ? 2 : 1;
 
 // Where the numbers of two rows of 32 come from when they are paired: each of one row and the same of the other.
 struct Pairing {
@@ -25,67 +28,34 @@ alignas(64) constexpr Pairing kPairing = [] {
 }();
 
 template <int Numbers>
-inline void add_unit(f32x16& total, const float* packed, const float* unit) {
+inline void add_unit(f32v& total, const float* packed, const float* unit) {
 #if defined(__AVX512BF16__)
   if constexpr (Numbers == 2) {
     int pair;
     __builtin_memcpy(&pair, unit, 4);
-    total = (f32x16)_mm512_dpbf16_ps((__m512)total, (__m512bh)_mm512_loadu_ps(packed), (__m512bh)_mm512_set1_epi32(pair));
+    total = (f32v)_mm512_dpbf16_ps((__m512)total, (__m512bh)_mm512_loadu_ps(packed), (__m512bh)_mm512_set1_epi32(pair));
     return;
   }
 #endif
-  total += Wide<float>::stored(packed) * all(*unit);
-}
-
-// rows[i] of 16 units each become columns: to[u * stride + i].
-inline void transpose16(const f32x16* rows, float* to, int64_t stride) {
-#if defined(__AVX512F__)
-  __m512 a[16], b[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    a[i] = _mm512_unpacklo_ps((__m512)rows[i], (__m512)rows[i + 1]);
-    a[i + 1] = _mm512_unpackhi_ps((__m512)rows[i], (__m512)rows[i + 1]);
-  }
-  auto low = [](__m512 x, __m512 y) { return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y))); };
-  auto high = [](__m512 x, __m512 y) { return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y))); };
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    b[i] = low(a[i], a[i + 2]), b[i + 1] = high(a[i], a[i + 2]);
-    b[i + 2] = low(a[i + 1], a[i + 3]), b[i + 3] = high(a[i + 1], a[i + 3]);
-  }
-  // b[4 j + c] now holds, in each quarter q, unit 4 q + c of rows 4 j .. 4 j + 3.
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
-    const __m512 even = _mm512_shuffle_f32x4(b[c], b[4 + c], 0x88), odd = _mm512_shuffle_f32x4(b[c], b[4 + c], 0xDD);
-    const __m512 even2 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0x88);
-    const __m512 odd2 = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0xDD);
-    _mm512_storeu_ps(to + c * stride, _mm512_shuffle_f32x4(even, even2, 0x88));
-    _mm512_storeu_ps(to + (4 + c) * stride, _mm512_shuffle_f32x4(odd, odd2, 0x88));
-    _mm512_storeu_ps(to + (8 + c) * stride, _mm512_shuffle_f32x4(even, even2, 0xDD));
-    _mm512_storeu_ps(to + (12 + c) * stride, _mm512_shuffle_f32x4(odd, odd2, 0xDD));
-  }
-#else
-  for (int u = 0; u < 16; ++u)
-    for (int i = 0; i < 16; ++i) to[u * stride + i] = rows[i][u];
-#endif
+  total += load(packed) * all(*unit);
 }
 
 // Keys [count, D] as units [D / numbers, kBlock]; positions that are missing are zero.
 template <typename T, int V>
 inline void pack_keys(const T* keys, int count, float* packed) {
-  constexpr int D = V * 16, kUnits = D / kNumbers<T, V>;
-  for (int p = 0; p < kBlock; p += 16) {
+  constexpr int D = V * kVector, kUnits = D / kNumbers<T, V>;
+  for (int p = 0; p < kBlock; p += kVector) {
     if (p >= count) break;
-    for (int u = 0; u < kUnits; u += 16) {
-      f32x16 rows[16];
+    for (int u = 0; u < kUnits; u += kVector) {
+      f32v rows[kVector];
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) {
+      for (int i = 0; i < kVector; ++i) {
         const T* from = keys + (int64_t)(p + i) * D + u * kNumbers<T, V>;
-        if (p + i >= count) rows[i] = f32x16{};
-        else if constexpr (kNumbers<T, V> == 2) __builtin_memcpy(&rows[i], from, 64);
-        else rows[i] = Wide<T>::weight(from);
+        if (p + i >= count) rows[i] = f32v{};
+        else if constexpr (kNumbers<T, V> == 2) __builtin_memcpy(&rows[i], from, sizeof rows[i]);
+        else rows[i] = widened(from);
       }
-      transpose16(rows, packed + u * kBlock + p, kBlock);
+      transpose(rows, packed + u * kBlock + p, kBlock);
     }
   }
 }
@@ -93,7 +63,7 @@ inline void pack_keys(const T* keys, int count, float* packed) {
 // Values [count, D] as units [count / numbers, D].
 template <typename T, int V>
 inline const float* pack_values(const T* values, int count, float* packed) {
-  constexpr int D = V * 16;
+  constexpr int D = V * kVector;
   if constexpr (std::is_same_v<T, float>) {
     return values;
   } else {
@@ -112,10 +82,7 @@ inline const float* pack_values(const T* values, int count, float* packed) {
         continue;
       }
 #endif
-      for (int d = 0; d < D; d += 16) {
-        const f32x16 wide = Wide<T>::weight(from + d);
-        __builtin_memcpy(to + d, &wide, 64);
-      }
+      for (int d = 0; d < D; d += kVector) store(to + d, widened(from + d));
     }
     return packed;
   }
@@ -139,40 +106,41 @@ struct Asking {
   }
 };
 
-// out[n * stride + 16 c ...] (+)= sum over units u of left[n * reach + u] and packed[u * width + 16 c ...].
+// out[n * stride + kVector c ...] (+)= sum over units u of left[n * reach + u] and packed[u * width + kVector c ...].
 template <int Numbers, int N, int C>
 inline void products(const float* left, int reach, const float* packed, int width, int units, const float* keep, float* out,
                      int stride, Asking& asking) {
-  f32x16 totals[N][C];
+  f32v totals[N][C];
 #pragma GCC unroll 4
   for (int n = 0; n < N; ++n)
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c)
-      totals[n][c] = keep ? Wide<float>::stored(out + n * stride + 16 * c) * all(keep[n]) : f32x16{};
+      totals[n][c] = keep ? load(out + n * stride + kVector * c) * all(keep[n]) : f32v{};
   for (int u = 0; u < units; ++u) {
     asking.ask();
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n)
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) add_unit<Numbers>(totals[n][c], packed + u * width + 16 * c, left + n * reach + u);
+      for (int c = 0; c < C; ++c) add_unit<Numbers>(totals[n][c], packed + u * width + kVector * c, left + n * reach + u);
   }
 #pragma GCC unroll 4
   for (int n = 0; n < N; ++n)
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) __builtin_memcpy(out + n * stride + 16 * c, &totals[n][c], 64);
+    for (int c = 0; c < C; ++c) store(out + n * stride + kVector * c, totals[n][c]);
 }
 
 // One kv head over positions begin .. end - 1, as `attend` does. query: units [R, D / numbers].
 template <typename T, int V, typename Keys, typename Values>
 void attend_rows(const float* query, float scale, const Keys& keys, const Values& values, int64_t begin, int64_t end,
                  const int64_t* seen, int R, const Partial& out) {
-  constexpr int D = V * 16, kUnits = D / kNumbers<T, V>, kPart = V == 6 ? 3 : std::min(V, 4);
+  constexpr int D = V * kVector, kUnits = D / kNumbers<T, V>, kPart = V == 6 ? 3 : std::min(V, kAcross);
+  constexpr int kScores = kBlock / kVector;
   clear(out, R, D);
   alignas(64) thread_local float packed_keys[D * kBlock], packed_values[D * kBlock];
   alignas(64) float scores[kRows * kBlock];
-  thread_local std::vector<f32x16> totals;
-  totals.assign(R, f32x16{});
-  const int calls = (R + kRows - 1) / kRows * (kUnits + kBlock / kNumbers<T, V> * (V / kPart));
+  thread_local std::vector<f32v> totals;
+  totals.assign(R, f32v{});
+  const int calls = (R + kRows - 1) / kRows * (kUnits * (kScores / kAcross) + kBlock / kNumbers<T, V> * (V / kPart));
   for (int64_t s = begin; s < end; s += kBlock) {
     const int count = (int)std::min<int64_t>(kBlock, end - s);
     pack_keys<T, V>(keys.block(s, count), count, packed_keys);
@@ -184,8 +152,9 @@ void attend_rows(const float* query, float scale, const Keys& keys, const Values
       if (*std::max_element(seen + r0, seen + r0 + rows) <= s) continue;
       auto each = [&](auto n) {
         constexpr int N = decltype(n)::value;
-        products<kNumbers<T, V>, N, kBlock / 16>(query + (int64_t)r0 * kUnits, kUnits, packed_keys, kBlock, kUnits, nullptr,
-                                                 scores, kBlock, asking);
+        for (int c = 0; c < kScores; c += kAcross)
+          products<kNumbers<T, V>, N, kAcross>(query + (int64_t)r0 * kUnits, kUnits, packed_keys + kVector * c, kBlock,
+                                                kUnits, nullptr, scores + kVector * c, kBlock, asking);
         float keep[N];
         for (int r = 0; r < N; ++r) {
           const int64_t visible = std::min<int64_t>(count, seen[r0 + r] - s);
@@ -201,16 +170,11 @@ void attend_rows(const float* query, float scale, const Keys& keys, const Values
         }
 #endif
         for (int v = 0; v < V; v += kPart)
-          products<kNumbers<T, V>, N, kPart>(weights, kBlock / kNumbers<T, V>, mixable + 16 * v, D,
+          products<kNumbers<T, V>, N, kPart>(weights, kBlock / kNumbers<T, V>, mixable + kVector * v, D,
                                              (count + kNumbers<T, V> - 1) / kNumbers<T, V>, keep,
-                                             out.mixed + (int64_t)r0 * D + 16 * v, D, asking);
+                                             out.mixed + (int64_t)r0 * D + kVector * v, D, asking);
       };
-      switch (rows) {
-        case 1: each(std::integral_constant<int, 1>{}); break;
-        case 2: each(std::integral_constant<int, 2>{}); break;
-        case 3: each(std::integral_constant<int, 3>{}); break;
-        default: each(std::integral_constant<int, 4>{}); break;
-      }
+      with_number<kRows>(rows, each);
     }
   }
   for (int r = 0; r < R; ++r) out.total[r] = sum(totals[r]);

@@ -28,41 +28,6 @@ inline void expand_row(const SmallMatrix& w, int64_t n, T* to) {
   }
 }
 
-// 16 finite numbers rounded to T; a processor's own instruction for bf16 would flush the smallest ones to zero.
-template <typename T>
-inline void put_rounded(f32x16 x, T* to) {
-  if constexpr (std::is_same_v<T, float>) {
-    __builtin_memcpy(to, &x, sizeof x);
-  } else if constexpr (std::is_same_v<T, at::BFloat16>) {
-    u32x16 bits;
-    __builtin_memcpy(&bits, &x, sizeof bits);
-    bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-#if defined(__AVX512F__)
-    const __m256i half = _mm512_cvtepi32_epi16((__m512i)bits);
-#else
-    const u16x16 half = __builtin_convertvector(bits, u16x16);
-#endif
-    __builtin_memcpy(to, &half, sizeof half);
-  } else {
-#if defined(__AVX512F__)
-    _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#else
-    for (int i = 0; i < 16; ++i) to[i] = T(x[i]);
-#endif
-  }
-}
-
-// 16 unsigned bytes as numbers.
-inline i32x16 wide(const uint8_t* bytes) {
-#if defined(__AVX512F__)
-  return (i32x16)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)bytes));
-#else
-  i32x16 numbers;
-  for (int i = 0; i < 16; ++i) numbers[i] = bytes[i];
-  return numbers;
-#endif
-}
-
 // The first `rows` rows of a tile as numbers [rows, K]. Row by row, each line of the tile would be read 16 times: 16 lines
 // are turned into 16 rows of 64 bytes instead.
 template <int Bits, typename T>
@@ -72,33 +37,43 @@ void expand_tile(const SmallMatrix& w, int64_t tile, int64_t rows, T* to) {
   const int64_t last = w.blocks() * kFixed;
   for (int64_t k = 0; k < last; k += kColumns) {
     const int64_t columns = std::min(kColumns, last - k), lines = columns * Bits / 32;
-    f32x16 line[16] = {};
-    for (int64_t i = 0; i < lines; ++i, from += kLine) __builtin_memcpy(&line[i], from, kLine);
     alignas(64) float turned[16 * 16], shared[kColumns / kFixed][kLanes];
-    transpose16(line, turned, 16);
-    for (int64_t b = 0; b < columns / kFixed; ++b) {
-      const f32x16 scales = scales_at<Bits>(w, tile, Bits == 8 ? 0 : (k + b * kFixed) / w.group);
-      __builtin_memcpy(shared[b], &scales, sizeof scales);
+    for (int part = 0; part < kPieces; ++part) {
+      for (int64_t i = 0; i < 16; i += kVector) {
+        f32v line[kVector] = {};
+        for (int64_t j = i; j < std::min(i + kVector, lines); ++j)
+          line[j - i] = load((const float*)(from + j * kLine) + kVector * part);
+        transpose(line, turned + kVector * part * 16 + i, 16);
+      }
+      for (int64_t b = 0; b < columns / kFixed; ++b)
+        store(shared[b] + kVector * part, scales_at<Bits>(w, tile, Bits == 8 ? 0 : (k + b * kFixed) / w.group, part));
     }
+    from += lines * kLine;
     for (int64_t r = 0; r < rows; ++r) {
       alignas(64) uint8_t bytes[kColumns];
-      i32x16 row;
-      __builtin_memcpy(&row, turned + r * 16, sizeof row);
       if constexpr (Bits == 8) {
-        __builtin_memcpy(bytes, &row, sizeof row);
+        __builtin_memcpy(bytes, turned + r * 16, sizeof bytes);
       } else {
-        const i32x16 nibble = i32x16{} + 0x0F0F0F0F, low = row & nibble, high = (row >> 4) & nibble;
-        const i32x16 first = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-        const i32x16 both[2] = {__builtin_shuffle(low, high, first), __builtin_shuffle(low, high, first + 8)};
-        __builtin_memcpy(bytes, both, sizeof both);
+        for (int64_t i = 0; i < 16; i += kVector) {
+          i32v row;
+          __builtin_memcpy(&row, turned + r * 16 + i, sizeof row);
+          const i32v nibble = i32v{} + 0x0F0F0F0F, low = row & nibble, high = (row >> 4) & nibble;
+#if defined(__AVX512F__)
+          const i32v first = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+#else
+          const i32v first = {0, 8, 1, 9, 2, 10, 3, 11};
+#endif
+          const i32v both[2] = {__builtin_shuffle(low, high, first), __builtin_shuffle(low, high, first + kVector / 2)};
+          __builtin_memcpy(bytes + 8 * i, both, sizeof both);
+        }
       }
       T* at = to + r * w.K + k;
-      for (int64_t c = 0; c < columns; c += 16, at += 16) {
-        const f32x16 value = floats(wide(bytes + c) - (1 << (Bits - 1))) * shared[c / kFixed][r];
-        if (k + c + 16 <= w.K) {
+      for (int64_t c = 0; c < columns; c += kVector, at += kVector) {
+        const f32v value = floats(widened(bytes + c) - (1 << (Bits - 1))) * shared[c / kFixed][r];
+        if (k + c + kVector <= w.K) {
           put_rounded(value, at);
         } else if (k + c < w.K) {
-          T rounded[16];
+          T rounded[kVector];
           put_rounded(value, rounded);
           __builtin_memcpy(at, rounded, (w.K - k - c) * sizeof(T));
         }

@@ -12,7 +12,7 @@
 
 namespace {
 
-inline f32x16 lanes(const float* p) { return Wide<float>::stored(p); }
+inline f32x16 lanes(const float* p) { return load(p); }
 
 template <int V, int R, int G>
 inline void score_small(const f32x16 (*query)[V], const float (*sums)[kMostGroups], const SmallBlock& keys, int count,

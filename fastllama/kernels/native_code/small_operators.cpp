@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include <atomic>
+#include <string>
 
 #include "checks.h"
 #include "small_expand.h"
@@ -88,19 +89,21 @@ bool quantise_small(const at::Tensor& weight, int64_t bits, const at::Tensor& qu
   return finite;
 }
 
-// Whether the processor has an instruction for sums of products of bytes, on which linear_small lives.
-bool multiplies_bytes() {
-#if defined(__AVX512VNNI__)
-  return true;
+// Of which integers the processor sums products in one instruction, on which linear_small lives.
+std::string sums_products_of() {
+#if defined(FASTLLAMA_BYTES)
+  return "bytes";
+#elif defined(__AVX512BW__) || defined(FASTLLAMA_AVX2)
+  return "shorts";
 #else
-  return false;
+  return "none";
 #endif
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(fastllama_native, library) {
-  library.def("multiplies_bytes() -> bool", &multiplies_bytes);
+  library.def("sums_products_of() -> str", &sums_products_of);
   library.def("linear_small(Tensor x, Tensor quants, Tensor scales, Tensor? bias, int bits, int out_features) -> Tensor");
   library.def("expand_small(Tensor quants, Tensor scales, int bits, int first, Tensor(a!) out) -> ()");
   library.def("quantise_small(Tensor weight, int bits, Tensor(a!) quants, Tensor(b!) scales) -> bool");

@@ -8,9 +8,11 @@
 
 namespace {
 
-inline f32x16 hidden(f32x16 x) {
+inline f32v hidden(f32v x) {
 #if defined(__AVX512F__)
   asm("" : "+v"(x));
+#elif defined(FASTLLAMA_AVX2)
+  asm("" : "+x"(x));
 #else
   asm("" : "+m"(x));
 #endif
@@ -30,12 +32,12 @@ inline bool widen(const T* from, int64_t K, std::vector<float>& to) {
   return are_finite(to.data(), K);
 }
 
-// Bytes of 16 numbers x / scale + shift, rounded (to even, or down) and held within low .. high.
+// Bytes of kVector numbers x / scale + shift, rounded (to even, or down) and held within low .. high.
 template <bool Down>
 inline void bytes_of(const float* x, float scale, float shift, float low, float high, uint8_t* to) {
-  f32x16 number = scale == 0 ? f32x16{} : hidden(hidden(Wide<float>::stored(x)) / hidden(f32x16{} + scale));
+  f32v number = scale == 0 ? f32v{} : hidden(hidden(load(x)) / hidden(all(scale)));
   number = hidden(number + shift);
-  for (int i = 0; i < 16; ++i) {
+  for (int i = 0; i < kVector; ++i) {
     const float whole = Down ? std::floor(number[i]) : std::nearbyint(number[i]);
     to[i] = (uint8_t)(int)std::clamp(whole, low, high);
   }
@@ -49,7 +51,7 @@ inline void quantise_row(const std::vector<float>& x, int bits, int64_t K, int64
     float most = 0;
     for (int64_t k = 0; k < K; ++k) most = std::max(most, std::fabs(x[k]));
     const float scale = scales8[lane] = hidden(hidden(most) / hidden(127.f));
-    for (int64_t k = 0; k < padded; k += 16) bytes_of<false>(&x[k], scale, 0, -127, 127, &bytes[k]);
+    for (int64_t k = 0; k < padded; k += kVector) bytes_of<false>(&x[k], scale, 0, -127, 127, &bytes[k]);
     for (int64_t k = 0; k < padded; k += 4) {
       uint32_t four;
       __builtin_memcpy(&four, &bytes[k], 4);
@@ -63,7 +65,7 @@ inline void quantise_row(const std::vector<float>& x, int bits, int64_t K, int64
     for (int64_t k = first; k < first + group; ++k)
       if (std::fabs(x[k]) > std::fabs(furthest)) furthest = x[k];
     const at::Half half = scales4[first / group * kLanes + lane] = at::Half(furthest / -8);
-    for (int64_t k = first; k < first + group; k += 16) bytes_of<true>(&x[k], float(half), 8.5f, 0, 15, &bytes[k]);
+    for (int64_t k = first; k < first + group; k += kVector) bytes_of<true>(&x[k], float(half), 8.5f, 0, 15, &bytes[k]);
   }
   for (int64_t k = 0; k < K; k += 8) {
     uint32_t low, high;

@@ -31,7 +31,7 @@ inline void pack_small_keys(const int8_t* quants, int count, int32_t* packed) {
       for (int i = 0; i < 16; ++i)
         rows[i] = (f32x16)_mm512_maskz_loadu_epi8(mask, quants + std::min(p + i, count - 1) * D + d);
       alignas(64) float columns[16 * 16];
-      transpose16(rows, columns, 16);
+      transpose(rows, columns, 16);
 #pragma GCC unroll 16
       for (int u = 0; u < width / 4; ++u) {
         const __m512i four = _mm512_load_si512(columns + 16 * u);
@@ -252,12 +252,7 @@ void attend_small_rows(const float* query, float scale, const Run& keys, const R
                                                         out.mixed + (int64_t)r0 * D);
         });
       };
-      switch (rows) {
-        case 1: each(std::integral_constant<int, 1>{}); break;
-        case 2: each(std::integral_constant<int, 2>{}); break;
-        case 3: each(std::integral_constant<int, 3>{}); break;
-        default: each(std::integral_constant<int, 4>{}); break;
-      }
+      with_number<kRows>(rows, each);
     }
   }
   for (int r = 0; r < R; ++r) out.total[r] = sum(totals[r]);

@@ -234,11 +234,12 @@ class Decoder {
       inner_.blocks(m, [&](int64_t k, int64_t count, auto* to) {
         const int64_t from = std::max(part.begin, k), end = std::min(part.end, k + count);
         int64_t i = from;
-        for (; i + 16 <= end; i += 16) {
-          const f32x16 g = Wide<float>::stored(gate + i), up = Wide<float>::stored(gate + I + i);
-          const f32x16 e = exp_of(g < 0 ? g : -g);
-          const f32x16 y = g * up * (g < 0 ? e : all(1.f)) / (1.f + e);
-          for (int lane = 0; lane < 16; ++lane) to[i - k + lane] = T(y[lane]);
+        for (; i + kVector <= end; i += kVector) {
+          const f32v g = load(gate + i), up = load(gate + I + i);
+          const f32v e = exp_of(g < 0 ? g : -g);
+          float y[kVector];
+          store(y, g * up * (g < 0 ? e : all(1.f)) / (1.f + e));
+          for (int lane = 0; lane < kVector; ++lane) to[i - k + lane] = T(y[lane]);
         }
         for (; i < end; ++i) to[i - k] = T(gate[i] / (1.f + std::exp(-gate[i])) * gate[I + i]);
       });

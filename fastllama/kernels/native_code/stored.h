@@ -1,10 +1,11 @@
 // Keys or values as a cache stores them: in the model's own type, in another, or quantised.
 //
-// Legend: B rows, K kv heads, S positions, D head dim; v = 0 .. D/16 - 1 a vector of 16 numbers.
+// Legend: B rows, K kv heads, S positions, D head dim; v = 0 .. D / kVector - 1 a vector of kVector numbers.
 // Parts, their order and every rule are those of fastllama/kernels/stored.py, which is the specification.
 
 #pragma once
 
+#include <array>
 #include <string>
 
 #include "attention.h"
@@ -95,41 +96,63 @@ Side side(const std::vector<at::Tensor>& parts, const std::string& name, int64_t
   return side;
 }
 
-// 16 numbers of a position before they are scaled.
+// Vectors of a block of 32 numbers; those of its first half have the low nibbles.
+constexpr int kOfBlock = 32 / kVector;
+
+// What each nibble stands for.
 template <Format F>
-inline f32x16 quants(const Run& run, int64_t s, int v) {
+alignas(16) constexpr std::array<int8_t, 16> kNibbles = [] {
+  std::array<int8_t, 16> numbers{};
+  for (int i = 0; i < 16; ++i) numbers[i] = F == Format::iq4_nl ? kCodebook[i] : (int8_t)(i - offset_of(F));
+  return numbers;
+}();
+
+// kVector numbers of a position before they are scaled.
+template <Format F>
+inline f32v quants(const Run& run, int64_t s, int v) {
   if constexpr (is_byte(F)) {
-    const int8_t* from = run.at<int8_t>(0, s) + 16 * v;
+    const int8_t* from = run.at<int8_t>(0, s) + kVector * v;
 #if defined(__AVX512F__)
-    return (f32x16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+    return (f32v)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+#elif defined(FASTLLAMA_AVX2)
+    return (f32v)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
 #else
-    f32x16 y;
-    for (int i = 0; i < 16; ++i) y[i] = from[i];
+    f32v y;
+    for (int i = 0; i < kVector; ++i) y[i] = from[i];
     return y;
 #endif
   } else {
-    const uint8_t* from = run.at<uint8_t>(0, s) + 16 * (v / 2);
-    uint16_t fifth = 0;
-    if constexpr (has_fifth(F)) __builtin_memcpy(&fifth, run.at<char>(1, s) + 2 * v, 2);
+    const bool is_high = v % kOfBlock >= kOfBlock / 2;
+    const uint8_t* from = run.at<uint8_t>(0, s) + 16 * (v / kOfBlock) + kVector * (v % (kOfBlock / 2));
+    std::conditional_t<kVector == 16, uint16_t, uint8_t> fifth = 0;
+    if constexpr (has_fifth(F)) __builtin_memcpy(&fifth, run.at<char>(1, s) + kVector / 8 * v, kVector / 8);
 #if defined(__AVX512F__)
     __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
-    if (v % 2) index = _mm512_srli_epi32(index, 4);
+    if (is_high) index = _mm512_srli_epi32(index, 4);
     if constexpr (F == Format::iq4_nl) {
       const __m512 values = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_load_si128((const __m128i*)kCodebook)));
-      return (f32x16)_mm512_permutexvar_ps(index, values);  // by the low four bits
+      return (f32v)_mm512_permutexvar_ps(index, values);  // by the low four bits
     } else {
       const __m512 line = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-      const __m512 values = (__m512)((f32x16)line - float(offset_of(F)));
+      const __m512 values = (__m512)((f32v)line - float(offset_of(F)));
       const __m512 y = _mm512_permutexvar_ps(index, values);
-      if constexpr (has_fifth(F)) return (f32x16)_mm512_mask_add_ps(y, fifth, y, _mm512_set1_ps(16.f));
-      else return (f32x16)y;
+      if constexpr (has_fifth(F)) return (f32v)_mm512_mask_add_ps(y, fifth, y, _mm512_set1_ps(16.f));
+      else return (f32v)y;
     }
+#elif defined(FASTLLAMA_AVX2)
+    __m128i index = _mm_loadl_epi64((const __m128i*)from);
+    if (is_high) index = _mm_srli_epi16(index, 4);
+    const __m128i numbers = _mm_load_si128((const __m128i*)kNibbles<F>.data());
+    __m256i y = _mm256_cvtepi8_epi32(_mm_shuffle_epi8(numbers, _mm_and_si128(index, _mm_set1_epi8(15))));
+    if constexpr (has_fifth(F)) {
+      const __m256i bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+      const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(fifth), bits), bits);
+      y = _mm256_add_epi32(y, _mm256_and_si256(set, _mm256_set1_epi32(16)));
+    }
+    return (f32v)_mm256_cvtepi32_ps(y);
 #else
-    f32x16 y;
-    for (int i = 0; i < 16; ++i) {
-      const int number = from[i] >> (v % 2 * 4) & 15;
-      y[i] = F == Format::iq4_nl ? kCodebook[number] : number + 16 * (fifth >> i & 1) - offset_of(F);
-    }
+    f32v y;
+    for (int i = 0; i < kVector; ++i) y[i] = kNibbles<F>[from[i] >> (is_high ? 4 : 0) & 15] + 16 * (fifth >> i & 1);
     return y;
 #endif
   }
@@ -138,60 +161,64 @@ inline f32x16 quants(const Run& run, int64_t s, int v) {
 template <typename T, Format F>
 inline float scale(const Run& run, int64_t s, int v) {
   if constexpr (F == Format::int8) return float(*run.at<T>(1, s));
-  else return float(run.at<at::Half>(scale_part(F), s)[v / 2]);
+  else return float(run.at<at::Half>(scale_part(F), s)[v / kOfBlock]);
 }
 
 template <Format F>
 inline float least(const Run& run, int64_t s, int v) {
-  return float(run.at<at::Half>(scale_part(F) + 1, s)[v / 2]);
+  return float(run.at<at::Half>(scale_part(F) + 1, s)[v / kOfBlock]);
 }
 
+// What is no number stays so.
 template <typename T>
-inline void put16(T* to, f32x16 x) {
-  if constexpr (std::is_same_v<T, float>) {
-    __builtin_memcpy(to, &x, 64);
-#if defined(__AVX512F__)
-  } else if constexpr (std::is_same_v<T, at::Half>) {
-    _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#endif
+inline void put(f32v x, T* to) {
 #if defined(__AVX512BF16__)
-  } else if constexpr (std::is_same_v<T, at::BFloat16>) {
+  if constexpr (std::is_same_v<T, at::BFloat16>) {
     const __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
     __builtin_memcpy(to, &rounded, 32);
-#endif
-  } else {
-    for (int i = 0; i < 16; ++i) to[i] = T(x[i]);
+    return;
   }
+#else
+  // A NaN whose upper bits are all set would be carried into another number.
+  if constexpr (std::is_same_v<T, at::BFloat16>) x = x == x ? x : all(std::numeric_limits<float>::quiet_NaN());
+#endif
+  put_rounded(x, to);
 }
 
-// Positions first .. first + count - 1 as numbers [count, D].
-template <typename T, int V>
-void expand(const Run& run, int64_t first, int count, T* to) {
+// Positions first .. first + count - 1 of a model in T as numbers [count, D].
+template <typename T, int V, typename To>
+void expand(const Run& run, int64_t first, int count, To* to) {
   for_format(run.format, [&](auto format) {
     constexpr Format F = decltype(format)::value;
-    for (int64_t s = first; s < first + count; ++s, to += 16 * V) {
+    for (int64_t s = first; s < first + count; ++s, to += kVector * V) {
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) {
-        f32x16 x;
-        if constexpr (F == Format::f32) x = Wide<float>::weight(run.at<float>(0, s) + 16 * v);
-        else if constexpr (F == Format::f16) x = Wide<at::Half>::weight(run.at<at::Half>(0, s) + 16 * v);
-        else if constexpr (F == Format::bf16) x = Wide<at::BFloat16>::weight(run.at<at::BFloat16>(0, s) + 16 * v);
+        f32v x;
+        if constexpr (F == Format::f32) x = widened(run.at<float>(0, s) + kVector * v);
+        else if constexpr (F == Format::f16) x = widened(run.at<at::Half>(0, s) + kVector * v);
+        else if constexpr (F == Format::bf16) x = widened(run.at<at::BFloat16>(0, s) + kVector * v);
         else x = quants<F>(run, s, v) * scale<T, F>(run, s, v);
         if constexpr (has_least(F)) x += least<F>(run, s, v);
-        put16(to + 16 * v, x);
+        put(x, to + kVector * v);
       }
     }
   });
 }
 
+// What a block of a model in T is expanded to. AVX-512's code multiplies T; elsewhere T would be widened again, and what it
+// rounds would be lost.
+template <typename T>
+using Scratch = std::conditional_t<kVector == 16, T, float>;
+
 // Blocks of a cache that is not in the model's own type: each is expanded when it is read.
 template <typename T, int V>
 struct Expanded {
+  using To = Scratch<T>;
   Run run;
-  T* scratch;  // [kBlock, D]
+  To* scratch;  // [kBlock, D]
 
-  const T* block(int64_t s, int count) const {
-    if (run.format == kFormatOf<T>) return run.at<T>(0, s);
+  const To* block(int64_t s, int count) const {
+    if (run.format == kFormatOf<To>) return run.at<To>(0, s);
     expand<T, V>(run, s, count, scratch);
     return scratch;
   }
@@ -205,13 +232,14 @@ T* own_scratch() {
   return scratch;
 }
 
-// Calls work with where the blocks of keys and of values come from: straight from the cache where it is of type T.
+// Calls work with a number of the type that blocks of keys and of values have, and where they come from: straight from the
+// cache where it is of type T.
 template <typename T, int V, typename Work>
 void with_blocks(const Run& keys, const Run& values, const Work& work) {
   if (keys.format == kFormatOf<T> && values.format == kFormatOf<T>)
-    return work(Plain<T, V>{keys.at<T>(0, 0)}, Plain<T, V>{values.at<T>(0, 0)});
-  T* scratch = own_scratch<T>();
-  work(Expanded<T, V>{keys, scratch}, Expanded<T, V>{values, scratch + kBlock * kMostDims});
+    return work(T{}, Plain<T, V>{keys.at<T>(0, 0)}, Plain<T, V>{values.at<T>(0, 0)});
+  auto* scratch = own_scratch<Scratch<T>>();
+  work(Scratch<T>{}, Expanded<T, V>{keys, scratch}, Expanded<T, V>{values, scratch + kBlock * kMostDims});
 }
 
 }  // namespace
