@@ -45,8 +45,8 @@ def machine() -> str:
     return hashlib.sha256(repr(words).encode()).hexdigest()[:12]
 
 
-# Of which integers the processor sums products in one instruction: "bytes", "shorts" or "none"; known once the operators
-# are loaded.
+# Of which integers the processor sums products in one instruction: "bytes", "shorts" or "none"; known once the
+# operators are loaded.
 sums_products_of = "none"
 
 

@@ -29,8 +29,8 @@ EXPANDED_NUMBERS = 2**22  # of a weight, that are widened at a time
 # Rows of x in bf16, for which torch has a product that overtakes sums of bytes; in fp32 and fp16 none does. Measured on
 # 5632 x 2048 and 2048 x 11264, int8 and int4, the widening included: level at 96 to 128 rows, in fp32 ahead at 2048.
 _BF16_ROWS = 96
-# Likewise of x in any dtype and a weight in 4 bits, where sums are of 16-bit integers, beside fp32: 30 ms for 29 at 96 rows,
-# 40 for 35 at 128, 79 for 56 at 256. In 8 bits sums stay ahead up to 512 rows, 99 for 106 (5632 x 2048, AVX2).
+# Likewise of x in any dtype and a weight in 4 bits, where sums are of 16-bit integers, beside fp32: 30 ms for 29 at 96
+# rows, 40 for 35 at 128, 79 for 56 at 256. In 8 bits sums stay ahead up to 512 rows, 99 for 106 (5632 x 2048, AVX2).
 _SHORTS_ROWS = 96
 _NOT_FINITE = "it holds NaN or infinities"
 _FLOAT8 = torch.float8_e4m3fn
