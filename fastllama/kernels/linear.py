@@ -15,8 +15,8 @@ NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MANY = 16  # rows from which it pays that oneDNN rearranges the weight for the call
 _BLOCK = 2**22  # numbers of a half-precision weight that are widened at a time
 _ROW_HINT = 128  # the packed form for 128 rows is the fastest at every row count
-# Whether oneDNN multiplies bf16 on this processor. Where it does not, torch's own product of bf16 for many rows runs at a
-# sixth of fp32's speed (18 x 10^9 operations a second for 120, AMD EPYC family 25 model 1).
+# Whether oneDNN multiplies bf16 on this processor. Where it does not, torch's own product of bf16 for many rows runs at
+# a sixth of fp32's speed (18 x 10^9 operations a second for 120, AMD EPYC family 25 model 1).
 _HAS_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 _library = torch.library.Library("fastllama", "DEF")
