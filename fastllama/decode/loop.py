@@ -3,6 +3,8 @@
 Legend: B batch, T padded prompt length, V vocabulary.
 """
 
+from typing import Any, cast
+
 import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
@@ -71,12 +73,21 @@ def sample_loop(
         streamer.end()
     if not generation_config.return_dict_in_generate:
         return choice.ids.contiguous()
-    return GenerateDecoderOnlyOutput(
-        sequences=choice.ids.contiguous(),
-        scores=None if choice.scores is None else tuple(choice.scores),
-        logits=None if choice.raw_logits is None else tuple(choice.raw_logits),
-        **{CACHE_NAME: copied_out(model, engine, prompt, batch)},
-    )
+    cache = copied_out(model, engine, prompt, batch)
+    return as_output(choice.ids.contiguous(), choice.scores, choice.raw_logits, cache)
+
+
+def as_output(
+    ids: torch.Tensor,
+    scores: list[torch.Tensor] | None,
+    raw_logits: list[torch.Tensor] | None,
+    cache: DynamicCache,
+) -> GenerateDecoderOnlyOutput:
+    """What transformers' loops return where a dict is asked for."""
+    by_step = {"scores": scores, "logits": raw_logits}
+    named: dict[str, Any] = {name: None if each is None else tuple(each) for name, each in by_step.items()}
+    named[CACHE_NAME] = cache
+    return GenerateDecoderOnlyOutput(sequences=cast(torch.LongTensor, ids), **named)
 
 
 def copied_out(model: nn.Module, engine: Engine, prompt: Prompt, batch: int) -> DynamicCache:

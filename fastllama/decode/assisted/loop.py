@@ -3,11 +3,10 @@
 Legend: B rows, T padded prompt length, K proposed tokens, V vocabulary.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from fastllama.decode.assisted.clock import Clock
 from fastllama.decode.assisted.processing import Processing
@@ -19,10 +18,9 @@ from fastllama.decode.assisted.support import Asked, one_by_one
 from fastllama.decode.assisted.tree import verified
 from fastllama.decode.assisted.tree_proposer import TreeProposer
 from fastllama.decode.assisted.verify import GreedyVerifier, ProcessedVerifier, SequentialVerifier
-from fastllama.decode.cache_name import CACHE_NAME
 from fastllama.decode.choice import Choice, GreedyChoice
 from fastllama.decode.engine import Engine
-from fastllama.decode.loop import copied_out
+from fastllama.decode.loop import as_output, copied_out
 from fastllama.decode.prompt import unpad
 from fastllama.decode.stop import StopCheck
 
@@ -74,13 +72,8 @@ def assisted_loop(
     ids = rows.ids[:, : max(rows.lengths)].to(input_ids.device, copy=True)
     if not as_dict:
         return ids, report
-    output = GenerateDecoderOnlyOutput(
-        sequences=cast(torch.LongTensor, ids),
-        scores=None if verifier.scores is None else tuple(verifier.scores),
-        logits=None if verifier.raw_logits is None else tuple(verifier.raw_logits),
-        **{CACHE_NAME: copied_out(model, engine, prompt, batch)},
-    )
-    return output, report
+    cache = copied_out(model, engine, prompt, batch)
+    return as_output(ids, verifier.scores, verifier.raw_logits, cache), report
 
 
 def _verifier(input_ids, most_new, drafted: bool, how: tuple[Any, Any, Any]):

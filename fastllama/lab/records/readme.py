@@ -194,18 +194,15 @@ def suite(records: list[dict], root: Path = ROOT) -> str:
     parts = []
     for path, kept in suite_file.newest(root).values():
         commits = {f"commit {one['commit'][:7]}" if one["commit"] else "a dirty tree, no commit" for one in kept}
-        machine = figures.machine_name({**kept[0], "device": "cpu" if kept[0]["device"] == "cpu" else "cuda"})
+        machine = suite_file.machine(kept[0])
         where = f"[{path.stem}]({path.relative_to(root).as_posix()})"
         about = f"{cell(machine)}; {', '.join(sorted(commits))}; {where}:"
         parts.append(f"{about}\n\n{table(_SUITE_HEADS, [_suite_row(one) for one in kept])}")
-    for device, lines in suite_file.later(root).items():
+    for machine, lines in suite_file.later(root).items():
         rows = [
             [*_suite_row(one), f"[{path.stem}]({path.relative_to(root).as_posix()})"] for path, one in lines.values()
         ]
-        machines = {
-            figures.machine_name({**one, "device": "cpu" if device == "cpu" else "cuda"}) for _, one in lines.values()
-        }
-        about = f"By themselves since; {cell('; '.join(sorted(machines)))}:"
+        about = f"By themselves since; {cell(machine)}:"
         parts.append(f"{about}\n\n{table([*_SUITE_HEADS, 'run'], rows)}")
     return "\n".join(parts) or "No whole run of the suite yet: `python -m fastllama.lab.suite cpu`.\n"
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastllama.lab import lines
+from fastllama.lab.points import figures
 from fastllama.lab.records.sources import ROOT
 from fastllama.lab.records.words import LOGS
 
@@ -106,7 +107,10 @@ def newest(root: Path = ROOT) -> dict[str, tuple[Path, list[dict]]]:
 
 
 def later(root: Path = ROOT) -> dict[str, dict[str, tuple[Path, dict]]]:
-    """Of each device the newest record of each line that was measured by itself (`--only`) after the whole run."""
+    """Of each machine the newest record of each line measured by itself (`--only`) after the device's whole run.
+
+    Machines are named as `figures.machine_name` does: what one measures replaces nothing of another's.
+    """
     whole = newest(root)
     found: dict[str, dict[str, tuple[Path, dict]]] = {}
     for path in _files(root):
@@ -114,8 +118,13 @@ def later(root: Path = ROOT) -> dict[str, dict[str, tuple[Path, dict]]]:
             device = record["device"]
             after = device not in whole or _number(path) > _number(whole[device][0])
             if record["selected"] and not record["quick"] and after:
-                found.setdefault(device, {})[record["line"]] = (path, record)
+                found.setdefault(machine(record), {})[record["line"]] = (path, record)
     return found
+
+
+def machine(record: dict) -> str:
+    """On which machine a line was measured."""
+    return figures.machine_name({**record, "device": "cpu" if record["device"] == "cpu" else "cuda"})
 
 
 def _number(path: Path) -> int:
