@@ -1,11 +1,17 @@
 """KeyboardInterrupt at a chosen line of the package, as Ctrl-C may come at any."""
 
 import linecache
+import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 PACKAGE = str(Path(__file__).parent.parent / "fastllama")
+
+
+def heed() -> None:
+    """A child's `preexec_fn`: tests that a shell starts in the background ignore Ctrl-C, which is inherited."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Lines:

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import psutil
@@ -18,6 +17,7 @@ from fastllama.lab.measuring import compare, processes, statistics
 from fastllama.lab.records import git, sources, words
 from tests import fake_records
 from tests.fake_records import COMMIT, fake_record, point
+from tests.interruptions import heed
 
 # Stands in for run_llama.py: notes that it ran, and hands out the next of the points committed beside it.
 SCRIPT = """\
@@ -292,8 +292,6 @@ def test_an_interruption_leaves_neither_tree_nor_process(tmp_path, side, how):
     side("a", sleeps=True)
     environment = {**os.environ, "PYTHONPATH": str(sources.ROOT), "COMPARE_LOG": str(tmp_path / "log.jsonl")}
     command = [sys.executable, "-m", "fastllama.lab", "--root", str(tmp_path / "repository"), "compare", "a", "a"]
-    # A shell that starts tests in the background has them ignore Ctrl-C, and a child inherits that.
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     running = subprocess.Popen(
         command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed
     )

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from tests.command import run
+from tests.interruptions import heed
 
 ROOT = Path(__file__).parent.parent
 # run_llama.py writes its results without a word; here it says one for each.
@@ -28,7 +29,8 @@ def interrupted(*words) -> subprocess.CompletedProcess:
     """Runs python, sends SIGINT at the first byte on standard output, and waits."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, words)]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, cwd=ROOT)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    child = subprocess.Popen(command, **pipes, env=environment, cwd=ROOT, preexec_fn=heed)
     try:
         first = child.stdout.read(1)
         child.send_signal(signal.SIGINT)

@@ -19,6 +19,7 @@ import fastllama
 from fastllama import FastConfig
 from fastllama.lab.cli import serve
 from fastllama.lab.cli.command import main
+from tests.interruptions import heed
 from tests.test_at_home import CHATS, with_template
 
 NEW = 12
@@ -31,9 +32,8 @@ class Server:
     def __init__(self, *arguments: str):
         command = [sys.executable, "-m", "fastllama", "serve", *arguments, "--host", "127.0.0.1", "--port", "0"]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-        self.process = subprocess.Popen(
-            [*command, "--device", "cpu"], stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True, env=environment
-        )
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        self.process = subprocess.Popen([*command, "--device", "cpu"], **pipes, env=environment, preexec_fn=heed)
         self.lines, self._ready = [], threading.Event()
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
