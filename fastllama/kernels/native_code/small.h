@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t kLanes = 16;                      // rows of W in a tile
 constexpr int64_t kAtOnce = kVector == 16 ? 8 : 4;  // rows of x that a tile is unpacked for: their sums fit the registers
-constexpr int kPieces = kLanes / kVector;            // vectors of a line
+constexpr int kPieces = kLanes / kVector;           // vectors of a line
 constexpr int kTiles = 4;                           // tiles that are read at once, each a stream, where that is faster
 
 struct SmallMatrix {
@@ -110,7 +110,7 @@ inline void add_block(const Fixed& x, int64_t row, int64_t b, const uint8_t* con
         const i32v keep = i32v{} + (Bits == 8 ? 0x00FF00FF : 0x000F000F);
 #pragma GCC unroll 4
         for (int pair = 0; pair < kEach / 2; ++pair) {
-          // Of 4 bits: nibbles 0 and 4, 2 and 6, 1 and 5, 3 and 7, of which x has the pairs in the order 0, 2, 1, 3.
+          // Of 4 bits they are columns 0 and 2, 4 and 6, 1 and 3, 5 and 7; x has the second of these pairs behind the third.
           const i32v two = (w >> (Bits == 8 ? 8 * pair : 4 * pair)) & keep;
           constexpr int kOrder[4] = {0, 2, 1, 3};
           const int at = Bits == 8 ? pair : kOrder[pair];
