@@ -116,11 +116,16 @@ def test_the_rotary_table_is_as_large_as_predicted_and_made_in_blocks(monkeypatc
     assert cos.data_ptr() == blocks.cos_SD.data_ptr() and torch.equal(sin[0], whole.sin_SD[:20])
 
 
-def test_what_passes_grows_with_the_chunk_and_off_a_cpu_with_the_mask():
+def test_what_passes_grows_with_the_chunk_and_without_the_native_attention_with_the_mask():
     here, there = (cache_shape(a_config(), 1, 4096, torch.bfloat16, torch.device(name)) for name in ("cpu", "meta"))
     assert prefill_bytes(a_config(), here, 2048, 0) > 3 * prefill_bytes(a_config(), here, 256, 1792)
     assert prefill_bytes(a_config(), here, 256, 3840) == prefill_bytes(a_config(), here, 256, 0)
     assert prefill_bytes(a_config(), there, 256, 3840) > prefill_bytes(a_config(), there, 256, 0) + 256 * 4096
+    stock = prefill_bytes(a_config(), here, 256, 3840, products="stock")
+    assert stock > prefill_bytes(a_config(), here, 256, 0, products="stock") + 256 * 4096
+    odd = a_config(head_dim=48)  # of which the C++ has no attention
+    shape = cache_shape(odd, 1, 4096, torch.bfloat16, torch.device("cpu"))
+    assert prefill_bytes(odd, shape, 256, 3840) > prefill_bytes(odd, shape, 256, 0) + 256 * 4096
 
 
 # which cache fits

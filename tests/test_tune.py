@@ -171,6 +171,15 @@ def test_each_circumstance_is_measured_by_itself(packs, folder, monkeypatch):
     assert len(calls) == 7 == len(json.loads(cache_file(folder).read_text()))
 
 
+def test_times_of_other_code_are_not_used(packs, folder, monkeypatch):
+    answer(monkeypatch, stock=1.0, native=2.0, packed=3.0)
+    assert chooser("auto")(weight(), True) == "stock"
+    monkeypatch.setattr(native, "library_name", lambda: "fastllama_native_of_tomorrow")
+    calls = answer(monkeypatch, stock=2.0, native=1.0, packed=3.0)
+    assert chooser("auto")(weight(), True) == "native"
+    assert len(calls) == 1 and len(list(folder.rglob("*.json"))) == 2
+
+
 BROKEN = {
     "empty": lambda text: b"",
     "cut off": lambda text: text[: len(text) // 2],

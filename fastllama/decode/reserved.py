@@ -160,8 +160,10 @@ class Reserved:
             how = f"no compile (the native step is not possible: {self._native_obstacle})"
         if isinstance(self.cache, SmallCache):
             attention = f", {self.cache.words}"
-        elif self.weights.prompt_attention == "native":
+        elif self.weights.prompt_attention.first == "native":
             attention += ", C++ prompt attention"
+        elif self.weights.prompt_attention.later == "native":
+            attention += ", C++ attention of a prompt's later chunks"
         if self._native is not None and self.context is None and whole_prompts:  # a context has its own way with them
             few = min(_FEW_PASSES * self.widest(), self.config.prefill_chunk or _FEW_PASSES * NATIVE_ROWS)
             attention += f", prompts of up to {few} tokens in native steps"

@@ -3,10 +3,19 @@
 Legend: B batch, Q query tokens, S cache positions, N query heads, K kv heads, G = N / K, D head dim.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
 NATIVE_HEAD_DIMS = (16, 32, 64, 96, 128)  # that native_code is built for
+
+
+class PromptAttention(NamedTuple):
+    """Which attention a prompt takes in its first pass, and in those that have a past: "native" or "stock"."""
+
+    first: str
+    later: str
 
 
 def attend_causal(

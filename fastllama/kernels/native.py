@@ -45,6 +45,13 @@ def machine() -> str:
     return hashlib.sha256(repr(words).encode()).hexdigest()[:12]
 
 
+@functools.cache
+def library_name() -> str:
+    """The library's, by its sources and how they are compiled."""
+    code = b"".join(path.read_bytes() for path in _SOURCES) + repr(_FLAGS).encode()
+    return f"fastllama_native_{hashlib.sha256(code).hexdigest()[:12]}"
+
+
 # Of which integers the processor sums products in one instruction: "bytes", "shorts" or "none"; known once the
 # operators are loaded.
 sums_products_of = "none"
@@ -56,8 +63,7 @@ def load() -> str | None:
     global sums_products_of
     if platform.machine() not in ("x86_64", "AMD64") or sys.platform != "linux":
         return "it is written for x86-64 Linux"
-    code = b"".join(path.read_bytes() for path in _SOURCES) + repr(_FLAGS).encode()
-    name = f"fastllama_native_{hashlib.sha256(code).hexdigest()[:12]}"
+    name = library_name()
     folder = cache_folder() / "native" / machine() / name
     library = folder / f"{name}.so"
     try:

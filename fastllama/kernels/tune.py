@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fastllama.kernels import native
-from fastllama.kernels.attention import NATIVE_HEAD_DIMS, attend_causal, attend_prompt
+from fastllama.kernels.attention import NATIVE_HEAD_DIMS, PromptAttention, attend_causal, attend_prompt
 from fastllama.kernels.linear import NATIVE_DTYPES, NATIVE_ROWS, Native, Packed, Stock, can_pack, hold, let_go, pack
 from fastllama.kernels.small_kinds import Run, SmallWork
 from fastllama.kernels.small_packed import packed_obstacle
@@ -137,16 +137,16 @@ class Chooser:
         times = _interleaved(list(walks), walk)
         return {name: times[name] / work.copies if name in times else _NEVER for name in candidates}
 
-    def attention(self, heads: int, kv_heads: int, dim: int) -> str:
-        """Which attention a prompt takes: "stock", which is torch's own, or "native"."""
+    def attention(self, heads: int, kv_heads: int, dim: int) -> PromptAttention:
+        """Which attention a prompt takes. Of later chunks torch's own needs a mask, which the C++ does without."""
         if not self.native or self.dtype not in NATIVE_DTYPES or dim not in NATIVE_HEAD_DIMS:
-            return "stock"
+            return PromptAttention("stock", "stock")
         if self.wanted == "native":
-            return "native"
+            return PromptAttention("native", "native")
         candidates = ["stock", "native"]
         sizes = f"attention of {heads} heads over {kv_heads} of {dim}"
         times = _known((sizes,), self.dtype, candidates, lambda: _time_attention(heads, kv_heads, dim, self.dtype))
-        return min(candidates, key=times.__getitem__)
+        return PromptAttention(min(candidates, key=times.__getitem__), "native")
 
     def _fastest(self, weight: torch.Tensor, candidates: list[str]) -> str:
         held = f"of {min(self.model_bytes, _TOTAL) >> 20} MiB"
@@ -230,7 +230,8 @@ def _are_times(times, candidates: list[str]) -> bool:
 
 
 def _path() -> Path:
-    return native.cache_folder() / "products" / f"{native.machine()}.json"
+    """One file for this machine and this C++: times of other code would go on choosing by what it was."""
+    return native.cache_folder() / "products" / native.machine() / f"{native.library_name()}.json"
 
 
 def _read() -> dict[str, dict[str, float]]:

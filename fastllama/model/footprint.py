@@ -12,6 +12,8 @@ import torch
 from transformers import LlamaConfig
 
 from fastllama.cache.budget import CacheShape
+from fastllama.kernels.attention import NATIVE_HEAD_DIMS
+from fastllama.kernels.linear import NATIVE_DTYPES
 from fastllama.kernels.small_product import EXPANDED_NUMBERS, check, shapes
 from fastllama.kernels.small_weights import head_format
 
@@ -94,11 +96,13 @@ def rotary_bytes(shape: CacheShape) -> int:
     return 2 * shape.reserved_length * shape.head_dim * shape.dtype.itemsize
 
 
-def prefill_bytes(config: LlamaConfig, shape: CacheShape, tokens: int, past: int, weights: str | None = None) -> int:
+def prefill_bytes(
+    config: LlamaConfig, shape: CacheShape, tokens: int, past: int, weights: str | None = None, products: str = "auto"
+) -> int:
     """Bytes in passing of one prefill pass of `tokens` a row that ends at position `past` + tokens, and of choosing.
 
-    On a CPU the C++ attention needs no mask. Elsewhere a pass that has a past has one of [tokens, past + tokens],
-    unless the cache is small: that is read block by block.
+    The C++ attention of a CPU needs no mask. Where `products` are torch's own and where the C++ has no such head, a
+    pass that has a past has one of [tokens, past + tokens], unless the cache is small: that is read block by block.
     """
     rows, itemsize, dim, device = shape.batch_size, shape.dtype.itemsize, shape.head_dim, shape.device.type
     count = rows * tokens
@@ -110,9 +114,10 @@ def prefill_bytes(config: LlamaConfig, shape: CacheShape, tokens: int, past: int
     held = max(attention, mlp) * itemsize
     if weights is not None:  # a block of a matrix at a time is widened, in C++ at once to the model's dtype
         held += EXPANDED_NUMBERS * (itemsize if device == "cpu" else 4 + 4 + itemsize)
+    native = device == "cpu" and products != "stock" and dim in NATIVE_HEAD_DIMS and shape.dtype in NATIVE_DTYPES
     if device != "cpu" and not shape.is_plain:
         held += _SCORES_BYTES
-    elif device != "cpu" and past:
+    elif shape.is_plain and past and not native:
         group = config.num_attention_heads // config.num_key_value_heads
         held += tokens * (past + tokens) * (1 + itemsize * (1 + group))
     return held + rows * config.vocab_size * (itemsize + _HEAD_COPIES_BYTES)

@@ -55,7 +55,8 @@ def prefill_chunk(
     only [Q, past + Q], which the C++ attention does without.
     """
     batch, tokens = hidden_BQE.shape[:2]
-    native, mask = weights.prompt_attention == "native", None
+    kinds, mask = weights.prompt_attention, None
+    native = (kinds.later if past else kinds.first) == "native"
     small = isinstance(cache, SmallCache)
     if past and not native and not small:
         seen = torch.ones(tokens, past + tokens, dtype=torch.bool, device=cache.shape.device).tril_(past)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from fastllama.kernels.attention import PromptAttention
 from fastllama.kernels.linear import Native, Packed, Stock
 from fastllama.kernels.norm import Norm
 from fastllama.kernels.small_kinds import SMALL_KINDS, SmallProduct
@@ -46,8 +47,8 @@ class Choice(Protocol):
         """A name of `SMALL_KINDS`, for few bits."""
 
 
-# Which a prompt's attention takes: (query heads, kv heads, head dim) -> "stock" or "native".
-AttentionChoice = Callable[[int, int, int], str]
+# Which a prompt takes, by (query heads, kv heads, head dim).
+AttentionChoice = Callable[[int, int, int], PromptAttention]
 
 
 class Fused(NamedTuple):
@@ -92,7 +93,7 @@ class Weights(NamedTuple):
     num_kv_heads: int
     head_dim: int
     scale: float
-    prompt_attention: str  # "native" or "stock"
+    prompt_attention: PromptAttention
     words: str
     plain: bool  # whether no module of an unknown kind takes part: then the weights' addresses say all about a step
 

@@ -150,7 +150,8 @@ def _ours(point: Point, config: LlamaConfig) -> Peak:
         plain = cache_shape(config, work.batch_size, point.positions, dtype, device)
         passing = prefill_bytes(config, plain, tokens, 0, switches.weights)
         return Peak(0, weight_bytes(config, switches.weights, dtype).total, rotary_bytes(plain), passing)
-    passing = (_HEAP if device.type == "cpu" else 1) * prefill_bytes(config, shape, tokens, past, switches.weights)
+    passing = prefill_bytes(config, shape, tokens, past, switches.weights, switches.products)
+    passing *= _HEAP if device.type == "cpu" else 1
     return Peak(0, weight_bytes(config, switches.weights, dtype).total, shape.nbytes + rotary_bytes(shape), passing)
 
 
