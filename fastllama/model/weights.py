@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from fastllama.kernels import pages
 from fastllama.kernels.attention import PromptAttention
 from fastllama.kernels.linear import Native, Packed, Stock
 from fastllama.kernels.norm import Norm
@@ -114,8 +115,11 @@ def _adjacent(tensors: list[torch.Tensor]) -> bool:
 def _one_storage(parameters: list[nn.Parameter]) -> torch.Tensor:
     """One tensor of which all `parameters` are views along dim 0, made at the cost of one copy of them at most."""
     data = [parameter.data for parameter in parameters]
+    if len(data) == 1:
+        parameters[0].data = pages.moved(data[0])
+        return parameters[0].data
     if not _adjacent(data):
-        joined = torch.cat(data)
+        joined = pages.joined(data)
         rows = 0
         for parameter in parameters:
             count = parameter.shape[0]

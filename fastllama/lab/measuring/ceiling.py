@@ -6,7 +6,7 @@ from statistics import median
 
 import torch
 
-from fastllama.kernels import native
+from fastllama.kernels import native, pages
 from fastllama.lab.measuring.checkpoint import position_bytes
 from fastllama.lab.measuring.contestant import synchronize
 from fastllama.model.released import is_released
@@ -49,7 +49,8 @@ class Ceiling:
 
     def measure(self) -> float:
         """Measure once more; returns that sample."""
-        values = torch.ones(self._nbytes // 4, dtype=torch.float32, device=self._device)
+        like = torch.ones(1, dtype=torch.float32, device=self._device)
+        values = pages.empty((self._nbytes // 4,), like).fill_(1)  # in the pages that weights have
         if self._device.type == "cpu":
             # Which formulation reads fastest differs between processors and builds of torch.
             works: dict[Callable[[], object], int] = {values.sum: 1, values.max: 1, values.view(torch.int64).sum: 1}
