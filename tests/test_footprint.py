@@ -10,6 +10,7 @@ from fastllama.cache.small_cache import cache_for
 from fastllama.decode.memory_size import parse_size
 from fastllama.demo import names
 from fastllama.kernels.blocks import FORMATS
+from fastllama.model import footprint
 from fastllama.model.footprint import cache_shape, matrix_bytes, prefill_bytes, rotary_bytes, weight_bytes
 from fastllama.model.rotary import RotaryTable
 from tests.tiny import GREEDY, config, pair
@@ -114,6 +115,23 @@ def test_the_rotary_table_is_as_large_as_predicted_and_made_in_blocks(monkeypatc
     assert RotaryTable(rotary, shape.reserved_length, torch.float32, CPU).nbytes == rotary_bytes(shape)
     cos, sin = blocks.for_prompt(20, None, 20, None)
     assert cos.data_ptr() == blocks.cos_SD.data_ptr() and torch.equal(sin[0], whole.sin_SD[:20])
+
+
+def test_what_is_widened_counts_where_the_processor_widens(monkeypatch):
+    shape = cache_shape(a_config(), 1, 64, torch.bfloat16, CPU)
+    largest = 2 * 320 * 128  # gate and up
+
+    def extra(tokens: int, numbers: int) -> int:
+        monkeypatch.setattr(footprint, "WIDENED_NUMBERS", numbers)
+        found = []
+        for widens in (True, False):
+            monkeypatch.setattr(footprint, "widens", lambda dtype, widens=widens: widens)
+            found.append(prefill_bytes(a_config(), shape, tokens, 0))
+        return found[0] - found[1]
+
+    assert extra(40, 2**22) == 4 * (largest + 40 * 320)
+    assert extra(40, 1000) == 4 * (1000 + 40 * 320)
+    assert extra(8, 2**22) == 0
 
 
 def test_what_passes_grows_with_the_chunk_and_without_the_native_attention_with_the_mask():

@@ -192,7 +192,7 @@ def test_fp16_sums_do_not_overflow_on_the_way():
 
 
 def test_a_weight_of_several_blocks_is_widened_whole(monkeypatch):
-    monkeypatch.setattr(linear, "_BLOCK", 3 * 70)
+    monkeypatch.setattr(linear, "WIDENED_NUMBERS", 3 * 70)
     x, weight, bias = operands(20, 50, 70, torch.float16, True)
     assert_product(many_rows(x, weight, bias), x, weight, bias)
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 NATIVE_ROWS = 16  # beyond, the libraries' many-row products are faster
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MANY = 16  # rows from which it pays that oneDNN rearranges the weight for the call
-_BLOCK = 2**22  # numbers of a half-precision weight that are widened at a time
+MANY_ROWS = 16  # rows from which it pays that oneDNN rearranges the weight for the call
+WIDENED_NUMBERS = 2**22  # numbers of a half-precision weight that are widened at a time
 _ROW_HINT = 128  # the packed form for 128 rows is the fastest at every row count
 # Whether oneDNN multiplies bf16 on this processor. Where it does not, torch's own product of bf16 for many rows runs at
 # a sixth of fp32's speed (18 x 10^9 operations a second for 120, AMD EPYC family 25 model 1).
@@ -120,7 +120,7 @@ def many_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
     have a product, and bf16, where the processor has none, are widened to fp32 block by block: the sums are exact to
     fp32 and rounded once.
     """
-    if weight.device.type != "cpu" or rows_of(x) < _MANY or x.dtype != weight.dtype:  # which F.linear refuses
+    if weight.device.type != "cpu" or rows_of(x) < MANY_ROWS or x.dtype != weight.dtype:  # which F.linear refuses
         return F.linear(x, weight, bias)
     if weight.dtype == torch.float32:
         return _onednn(x, weight, bias)
@@ -141,7 +141,7 @@ def _onednn(x, weight, bias):
 def _widened(x, weight, bias):
     wide = x.float()
     out = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    step = max(1, _BLOCK // weight.shape[1])
+    step = max(1, WIDENED_NUMBERS // weight.shape[1])
     for start in range(0, weight.shape[0], step):
         part = slice(start, start + step)
         out[..., part] = _onednn(wide, weight[part].float(), None if bias is None else bias[part].float())

@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 
 from fastllama.cache.budget import CacheShape
 from fastllama.kernels.attention import NATIVE_HEAD_DIMS
-from fastllama.kernels.linear import NATIVE_DTYPES
+from fastllama.kernels.linear import MANY_ROWS, NATIVE_DTYPES, WIDENED_NUMBERS, widens
 from fastllama.kernels.small_product import EXPANDED_NUMBERS, check, shapes
 from fastllama.kernels.small_weights import head_format
 
@@ -114,6 +114,9 @@ def prefill_bytes(
     held = max(attention, mlp) * itemsize
     if weights is not None:  # a block of a matrix at a time is widened, in C++ at once to the model's dtype
         held += EXPANDED_NUMBERS * (itemsize if device == "cpu" else 4 + 4 + itemsize)
+    elif device == "cpu" and widens(shape.dtype) and count >= MANY_ROWS:  # a block of a matrix, and what it multiplies
+        largest = max(rows * columns for _, rows, columns, _ in _matrices(config))
+        held += 4 * (min(largest, WIDENED_NUMBERS) + at_once * inner)
     native = device == "cpu" and products != "stock" and dim in NATIVE_HEAD_DIMS and shape.dtype in NATIVE_DTYPES
     if device != "cpu" and not shape.is_plain:
         held += _SCORES_BYTES
