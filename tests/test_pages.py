@@ -38,7 +38,7 @@ def test_a_large_tensor_begins_with_a_huge_page_and_is_all_of_its_storage(dtype)
 
 
 def test_small_tensors_and_those_of_other_devices_are_left():
-    assert pages.empty(SMALL, like()).untyped_storage() not in pages._placed
+    assert not pages.holds(pages.empty(SMALL, like()))
     assert pages.empty(LARGE, like(device="meta")).is_meta
     weight = torch.ones(SMALL)
     assert pages.moved(weight) is weight
@@ -78,7 +78,15 @@ def test_a_system_without_huge_pages_is_left_alone(setting, monkeypatch, tmp_pat
     monkeypatch.setattr(pages, "given", GIVEN.__wrapped__)
     weight = torch.ones(LARGE)
     assert pages.moved(weight) is weight
-    assert pages.empty(LARGE, weight).untyped_storage() not in pages._placed
+    assert not pages.holds(pages.empty(LARGE, weight))
+
+
+def test_the_path_is_silent_where_there_are_none(monkeypatch, tmp_path):
+    monkeypatch.setattr(pages, "given", lambda: False)
+    _, ours = models(tmp_path)
+    ours.preallocate(batch_size=1, cache_length=32)
+    ours.generate(torch.arange(1, 9).view(1, 8), max_new_tokens=2, do_sample=False)
+    assert "products: " in ours.path and "huge" not in ours.path
 
 
 def test_where_memory_is_short_a_weight_stays(monkeypatch):
@@ -122,7 +130,9 @@ def test_a_model_holds_each_weight_once_and_writes_the_same(tmp_path):
     assert places[0] == places[1]
     output = ours.model.layers[0].self_attn.o_proj.weight
     down = ours.model.layers[1].mlp.down_proj.weight
-    assert all(weight.untyped_storage() in pages._placed for weight in (output, down))
+    assert pages.holds(output) and pages.holds(down)
+    # Of each layer's four matrices and the head, all but the head's half of a megabyte.
+    assert ", 8 in huge pages" in ours.path
     if GIVEN():
         assert huge_bytes(down.data_ptr() + down.nbytes // 2) > 0
     assert len({value.untyped_storage().data_ptr() for value in ours.model.layers[0].mlp.parameters()}) == 2

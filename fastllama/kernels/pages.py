@@ -44,11 +44,16 @@ def empty(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def holds(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` lies in memory that asked for huge pages."""
+    return tensor.untyped_storage() in _placed
+
+
 def moved(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` in huge pages: a copy, unless it lies in such already, is small, or memory is short."""
     if tensor.device.type != "cpu" or tensor.nbytes < _LEAST or not tensor.is_contiguous() or not given():
         return tensor
-    if tensor.untyped_storage() in _placed or psutil.virtual_memory().available < tensor.nbytes + _SPARE:
+    if holds(tensor) or psutil.virtual_memory().available < tensor.nbytes + _SPARE:
         return tensor
     return empty(tensor.shape, tensor).copy_(tensor)
 

@@ -137,6 +137,7 @@ class _Gatherer:
     def __init__(self, choose: Choice, packing: Packing, group: Group | None = None):
         self.choose, self.packing, self.group = choose, packing, group
         self.kinds: Counter[str] = Counter()
+        self.in_huge_pages = 0
 
     def product(self, modules: tuple[nn.Module, ...], tied: bool = False) -> Product:
         """The product of plain modules that share their input. A weight that is `tied` to others is never packed."""
@@ -149,6 +150,7 @@ class _Gatherer:
         self.kinds[kind] += 1
         if packed is not None:
             return packed
+        self.in_huge_pages += pages.holds(weight)
         return (Native if kind == "native" else Stock)(weight, bias)
 
     def small(self, modules: tuple[nn.Module, ...]) -> SmallProduct:
@@ -163,6 +165,7 @@ class _Gatherer:
         self.kinds[f"small {kind}"] += 1
         make = functools.partial(SMALL_KINDS[kind], quants, scales, bias, first.format, rows, columns)
         in_place = kind in ("native", "expanded") or first.format == "float8"
+        self.in_huge_pages += in_place and pages.holds(quants)
         return make() if in_place else self.packing.small.take(modules, make)
 
     def one(self, module: nn.Module, tied: bool = False) -> Product | nn.Module:
@@ -205,8 +208,9 @@ class _Gatherer:
         kinds = " + ".join(f"{count} {kind}" for kind, count in sorted(self.kinds.items()))
         formats = {block.down.format for block in blocks if isinstance(block.down, SmallProduct)}
         held = "".join(f"weights {format}, " for format in sorted(formats))
+        huge = f", {self.in_huge_pages} in huge pages" if self.in_huge_pages else ""
         spread = "" if self.group is None else f", tensor parallel over {self.group.size} processes"
-        return f"{held}{'fused ' + ', '.join(fused) if fused else 'nothing fused'}, products: {kinds}{spread}"
+        return f"{held}{'fused ' + ', '.join(fused) if fused else 'nothing fused'}, products: {kinds}{huge}{spread}"
 
 
 def _lie_in_tiles(modules: tuple[nn.Module, ...]) -> bool:
