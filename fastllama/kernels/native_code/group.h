@@ -4,7 +4,9 @@
 
 #pragma once
 
+#include "eight.h"
 #include "lanes.h"
+#include "small_eight.h"
 #include "small_lanes.h"
 
 namespace {
@@ -21,32 +23,39 @@ void attend_group(const float* units, float scale, const Keys& keys, const Value
     if (R <= kLaneRows / 2) return attend_lanes<T, V, kLaneRows / 2>(units, scale, keys, values, begin, end, seen, R, out);
     if (R <= kLaneRows) return attend_lanes<T, V, kLaneRows>(units, scale, keys, values, begin, end, seen, R, out);
   }
+#elif defined(FASTLLAMA_EIGHT)
+  if (R <= kEight) return attend_eight<T, V>(units, scale, keys, values, begin, end, seen, R, out);
 #endif
   attend_rows<T, V>(units, scale, keys, values, begin, end, seen, R, out);
 }
 
 #if defined(FASTLLAMA_SMALL_BLOCKS)
 
-// Where both sides are small. `units` as rows of T where T is multiplied in pairs, else fp32.
-template <typename T, int V>
-void attend_group(const float* units, float scale, const Expanded<T, V>& keys, const Expanded<T, V>& values, int64_t begin,
-                  int64_t end, const int64_t* seen, int R, const Partial& out) {
+// Where both sides of a model in Model are small. `units` as rows of T where T is multiplied in pairs, else fp32.
+template <typename T, int V, typename Model>
+void attend_group(const float* units, float scale, const Expanded<Model, V>& keys, const Expanded<Model, V>& values,
+                  int64_t begin, int64_t end, const int64_t* seen, int R, const Partial& out) {
   const bool small = !is_float(keys.run.format) && !is_float(values.run.format);
-  if (!small || (R > 2 && std::is_same_v<T, float>))
-    return attend_group<T, V, Expanded<T, V>, Expanded<T, V>>(units, scale, keys, values, begin, end, seen, R, out);
+#if defined(FASTLLAMA_SMALL_ROWS)
+  constexpr int kMost = std::is_same_v<Model, float> ? 2 : std::numeric_limits<int>::max();
+#else
+  constexpr int kMost = std::is_same_v<Model, float> ? 2 : kEight;
+#endif
+  if (!small || R > kMost)
+    return attend_group<T, V, Expanded<Model, V>, Expanded<Model, V>>(units, scale, keys, values, begin, end, seen, R, out);
   thread_local std::vector<float> wide;
   const float* query = units;
   if constexpr (kNumbers<T, V> == 2) {
-    wide.resize((int64_t)R * V * 16);
-    for (int64_t i = 0; i < (int64_t)R * V; ++i) {
-      const f32x16 x = Wide<T>::weight((const T*)units + 16 * i);
-      __builtin_memcpy(&wide[16 * i], &x, 64);
-    }
+    wide.resize((int64_t)R * V * kVector);
+    for (int64_t i = 0; i < (int64_t)wide.size(); i += kVector) store(&wide[i], Wide<T>::weight((const T*)units + i));
     query = wide.data();
   }
   if (R == 1) return attend_small<V, 1>(query, scale, keys.run, values.run, begin, end, seen, out);
   if (R == 2) return attend_small<V, 2>(query, scale, keys.run, values.run, begin, end, seen, out);
-  if constexpr (!std::is_same_v<T, float>) {
+#if defined(FASTLLAMA_EIGHT)
+  if constexpr (!std::is_same_v<Model, float>) attend_small_eight<V>(query, scale, keys.run, values.run, begin, end, seen, R, out);
+#else
+  if constexpr (!std::is_same_v<Model, float>) {
 #if defined(FASTLLAMA_LANES)
     if constexpr (V % 2 == 0) {
       if (R <= kLaneRows / 2)
@@ -57,6 +66,7 @@ void attend_group(const float* units, float scale, const Expanded<T, V>& keys, c
 #endif
     attend_small_rows<V>(query, scale, keys.run, values.run, begin, end, seen, R, out);
   }
+#endif
 }
 
 #endif

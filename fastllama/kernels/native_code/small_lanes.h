@@ -9,7 +9,7 @@
 #include "lanes.h"
 #include "small_rows.h"
 
-#if defined(FASTLLAMA_LANES) && defined(FASTLLAMA_SMALL_BLOCKS)
+#if defined(FASTLLAMA_LANES) && defined(FASTLLAMA_SMALL_ROWS)
 
 namespace {
 

@@ -10,12 +10,11 @@
 #include "rows.h"
 #include "small_few.h"
 
-#if defined(FASTLLAMA_SMALL_BLOCKS)
+#if defined(FASTLLAMA_SMALL_ROWS)
 
 namespace {
 
-inline bool all_finite(f32x16 x) { return _mm512_fpclass_ps_mask((__m512)x, 0x99) == 0; }
-inline float highest(f32x16 x) { return _mm512_reduce_max_ps((__m512)x); }
+inline f32x16 lanes(const float* p) { return load(p); }
 
 // Quants [count, D] as units [D / 2, kBlock]. Of each four numbers the first and third are one unit, the others the next.
 template <int V>
@@ -59,9 +58,6 @@ inline void pack_small_values(const int8_t* quants, int count, int32_t* packed) 
 
 // 16-bit integers near x * factor.
 inline __m256i integers(f32x16 x, float factor) { return _mm512_cvtepi32_epi16(_mm512_cvtps_epi32((__m512)(x * all(factor)))); }
-
-constexpr float kMostInteger = 32767;
-constexpr float kLeastBound = 1e-30f;  // below it there is nothing to scale
 
 // Not inlined: the compiler then keeps the sums in registers.
 template <int N, int C>
@@ -192,21 +188,6 @@ inline void mix_small_rows(const float* weights, const int32_t* packed, const Sm
           __builtin_memcpy(at, &y, 64);
         }
     }
-  }
-}
-
-// The largest scale of each group, not a number where one is not finite.
-template <int V>
-inline void bound_scales(const SmallBlock& block, Format format, float* bounds) {
-  for (int g = 0; g < (format == Format::int8 ? 1 : V / 2); ++g) {
-    f32x16 top = {};
-    bool finite = true;
-    for (int p = 0; p < kBlock; p += 16) {
-      const f32x16 x = lanes(block.scale[g] + p);
-      finite &= all_finite(x);
-      top = (f32x16)_mm512_max_ps((__m512)top, _mm512_abs_ps((__m512)x));
-    }
-    bounds[g] = finite ? highest(top) : std::numeric_limits<float>::quiet_NaN();
   }
 }
 

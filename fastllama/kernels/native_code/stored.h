@@ -225,10 +225,10 @@ struct Expanded {
   Ahead ahead(int64_t s, int64_t end) const { return run.ahead(s, end); }
 };
 
-// What a thread expands a block of keys and one of values into.
+// What a thread expands a block into: of keys first and then, when they have been read, of values, so that both stay near.
 template <typename T>
 T* own_scratch() {
-  alignas(64) static thread_local T scratch[2 * kBlock * kMostDims];
+  alignas(64) static thread_local T scratch[kBlock * kMostDims];
   return scratch;
 }
 
@@ -239,7 +239,7 @@ void with_blocks(const Run& keys, const Run& values, const Work& work) {
   if (keys.format == kFormatOf<T> && values.format == kFormatOf<T>)
     return work(T{}, Plain<T, V>{keys.at<T>(0, 0)}, Plain<T, V>{values.at<T>(0, 0)});
   auto* scratch = own_scratch<Scratch<T>>();
-  work(Scratch<T>{}, Expanded<T, V>{keys, scratch}, Expanded<T, V>{values, scratch + kBlock * kMostDims});
+  work(Scratch<T>{}, Expanded<T, V>{keys, scratch}, Expanded<T, V>{values, scratch});
 }
 
 }  // namespace
