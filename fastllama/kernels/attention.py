@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from fastllama.kernels.linear import NATIVE_DTYPES
+
 NATIVE_HEAD_DIMS = (16, 32, 64, 96, 128)  # that native_code is built for
 
 
@@ -16,6 +18,18 @@ class PromptAttention(NamedTuple):
 
     first: str
     later: str
+
+
+def head_obstacle(dim: int) -> str | None:
+    """Why the C++ cannot attend with heads of `dim` numbers; None when it can."""
+    if dim in NATIVE_HEAD_DIMS:
+        return None
+    return f"head_dim is {dim} and not one of {', '.join(map(str, NATIVE_HEAD_DIMS))}"
+
+
+def has_native_attention(dim: int, dtype: torch.dtype) -> bool:
+    """Whether the C++, once it is built, attends for a model of such heads and numbers."""
+    return head_obstacle(dim) is None and dtype in NATIVE_DTYPES
 
 
 def attend_causal(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fastllama.kernels import native
-from fastllama.kernels.attention import NATIVE_HEAD_DIMS
+from fastllama.kernels.attention import head_obstacle
 from fastllama.kernels.stored import expand, quantise
 
 # Numbers of keys that are expanded at a time, and scores that are held: on a CPU few enough to stay in its cache.
@@ -33,9 +33,7 @@ def native_obstacle(device: torch.device, head_dim: int) -> str | None:
     """Why C++ cannot do both here; None when it can."""
     if device.type != "cpu":
         return "the cache is not on a CPU"
-    if head_dim not in NATIVE_HEAD_DIMS:
-        return f"head_dim is {head_dim} and not one of {', '.join(map(str, NATIVE_HEAD_DIMS))}"
-    reason = native.load()
+    reason = head_obstacle(head_dim) or native.load()
     if reason is None and not hasattr(torch.ops.fastllama_native, "attend_stored"):
         reason = "the library does not read stored formats"
     return reason

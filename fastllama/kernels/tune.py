@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fastllama.kernels import native
-from fastllama.kernels.attention import NATIVE_HEAD_DIMS, PromptAttention, attend_causal, attend_prompt
+from fastllama.kernels.attention import PromptAttention, attend_causal, attend_prompt, has_native_attention
 from fastllama.kernels.linear import NATIVE_DTYPES, NATIVE_ROWS, Native, Packed, Stock, can_pack, hold, let_go, pack
 from fastllama.kernels.small_kinds import Run, SmallWork
 from fastllama.kernels.small_packed import packed_obstacle
@@ -139,7 +139,7 @@ class Chooser:
 
     def attention(self, heads: int, kv_heads: int, dim: int) -> PromptAttention:
         """Which attention a prompt takes. Of later chunks torch's own needs a mask, which the C++ does without."""
-        if not self.native or self.dtype not in NATIVE_DTYPES or dim not in NATIVE_HEAD_DIMS:
+        if not self.native or not has_native_attention(dim, self.dtype):
             return PromptAttention("stock", "stock")
         if self.wanted == "native":
             return PromptAttention("native", "native")

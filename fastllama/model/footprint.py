@@ -12,8 +12,8 @@ import torch
 from transformers import LlamaConfig
 
 from fastllama.cache.budget import CacheShape
-from fastllama.kernels.attention import NATIVE_HEAD_DIMS
-from fastllama.kernels.linear import MANY_ROWS, NATIVE_DTYPES, WIDENED_NUMBERS, widens
+from fastllama.kernels.attention import has_native_attention
+from fastllama.kernels.linear import MANY_ROWS, WIDENED_NUMBERS, widens
 from fastllama.kernels.small_product import EXPANDED_NUMBERS, check, shapes
 from fastllama.kernels.small_weights import head_format
 
@@ -117,7 +117,7 @@ def prefill_bytes(
     elif device == "cpu" and widens(shape.dtype) and count >= MANY_ROWS:  # a block of a matrix, and what it multiplies
         largest = max(rows * columns for _, rows, columns, _ in _matrices(config))
         held += 4 * (min(largest, WIDENED_NUMBERS) + at_once * inner)
-    native = device == "cpu" and products != "stock" and dim in NATIVE_HEAD_DIMS and shape.dtype in NATIVE_DTYPES
+    native = device == "cpu" and products != "stock" and has_native_attention(dim, shape.dtype)
     if device != "cpu" and not shape.is_plain:
         held += _SCORES_BYTES
     elif shape.is_plain and past and not native:

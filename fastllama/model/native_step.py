@@ -10,7 +10,7 @@ from fastllama.cache.budget import CacheShape
 from fastllama.cache.float_cache import FloatCache
 from fastllama.cache.small_cache import SmallCache
 from fastllama.kernels import native
-from fastllama.kernels.attention import NATIVE_HEAD_DIMS
+from fastllama.kernels.attention import head_obstacle
 from fastllama.kernels.linear import NATIVE_ROWS
 from fastllama.kernels.small_product import TILE, Small, native_obstacle
 from fastllama.kernels.stored import FLOATS
@@ -32,8 +32,8 @@ def obstacle(model: nn.Module, shape: CacheShape) -> str | None:
         return f"{shape.batch_size} rows are more than the {NATIVE_ROWS} it is for"
     if is_stateful(model.model.rotary_emb):
         return f"rope_type {model.model.rotary_emb.rope_type!r} depends on the longest position"
-    if shape.head_dim not in NATIVE_HEAD_DIMS:
-        return f"head_dim is {shape.head_dim} and not one of {', '.join(map(str, NATIVE_HEAD_DIMS))}"
+    if head_obstacle(shape.head_dim) is not None:
+        return head_obstacle(shape.head_dim)
     if processes(model) > 1:
         return f"the model is spread over {processes(model)} processes, and a C++ step is one process's"
     body, layers = model.model, model.model.layers
