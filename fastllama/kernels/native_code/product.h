@@ -17,6 +17,7 @@
 namespace {
 
 constexpr int64_t kNear = 32768;          // bytes of x that a block of columns may take: they stay in the first cache
+constexpr int64_t kShortRow = 2048;       // bytes of a row of W that several streams would not pay for
 constexpr int64_t kWhole = 32;            // columns of x that no block cuts
 
 // x, cut into blocks of columns that fit the first cache; rows are a line apart, or they would share cache sets.
@@ -102,11 +103,16 @@ void multiply(const Operand<T>& x, const Matrix<T>& matrix, int64_t begin, int64
   if (x.rows == 1) {
     int64_t n = begin;
     if constexpr (kVector < 16) {
-      float y[kStreams];
-      for (; n + kStreams <= end; n += kStreams) {
-        dots<T>(w + n * matrix.K, x.at(0, 0), matrix.K, y);
-        for (int r = 0; r < kStreams; ++r) emit(0, n + r, biased(y[r], n + r));
-      }
+      auto together = [&](auto rows, const auto& work) {
+        constexpr int R = decltype(rows)::value;
+        float y[R];
+        for (; n + R <= end; n += R) {
+          work(w + n * matrix.K, x.at(0, 0), matrix.K, y);
+          for (int r = 0; r < R; ++r) emit(0, n + r, biased(y[r], n + r));
+        }
+      };
+      if (matrix.K * (int64_t)sizeof(T) > kShortRow) together(std::integral_constant<int, kStreams>{}, dots<T>);
+      else together(std::integral_constant<int, 4>{}, four_dots<T>);
     }
     for (; n < end; ++n) emit(0, n, biased(dot<T>(w + n * matrix.K, x.at(0, 0), matrix.K), n));
     return;
