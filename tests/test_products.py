@@ -25,8 +25,10 @@ from tests import modes
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMS = ["native", "native, any rows", "packed", "stock"]
 ROWS = [*range(1, 18), 40]
-# Odd ones, ones below a vector of 16 or 32 numbers, whole ones, and x that takes several blocks of the first cache.
+# Odd ones, ones below a vector of 16 or 32 numbers, whole ones, x that takes several blocks of the first cache, and
+# rows of up to 2 KiB and of more, which are read in one stream and in several.
 SIZES = [(1, 1), (3, 5), (7, 31), (33, 33), (64, 64), (50, 97), (5, 1000), (130, 2500)]
+SIZES += [(27, 512), (27, 513), (29, 1024), (29, 1025)]
 
 
 def numbers(*shape: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
