@@ -1,11 +1,14 @@
 """The house of DESIGN: a floor imports only from floors above it."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import fastllama
 
 PACKAGE = Path(__file__).parent.parent / "fastllama"
 # The last hands over to the command line, in lab/cli.
@@ -74,6 +77,7 @@ members = dict(vars(transformers.LlamaForCausalLM))
 generation = dict(vars(transformers.GenerationMixin))
 mapped = AutoModelForCausalLM._model_mapping[LlamaConfig]
 import fastllama
+every = [getattr(fastllama, name) for name in fastllama.__all__]  # each is imported when it is asked for
 assert all(getattr(transformers, name) is value for name, value in names.items())
 assert dict(vars(transformers.LlamaForCausalLM)) == members
 assert dict(vars(transformers.GenerationMixin)) == generation
@@ -81,3 +85,35 @@ assert AutoModelForCausalLM._model_mapping[LlamaConfig] is mapped
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_public_name_comes_from_where_a_type_checker_finds_it():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    (checked,) = (node for node in tree.body if isinstance(node, ast.If))
+    homes = {alias.name: node.module for node in checked.body for alias in node.names}
+    assert homes == {name: f"fastllama.{home}" for name, home in fastllama._HOMES.items()}
+    assert list(homes) and set(homes) == set(fastllama.__all__) <= set(dir(fastllama))
+    for name, home in homes.items():
+        assert getattr(fastllama, name) is getattr(importlib.import_module(home), name)
+    with pytest.raises(AttributeError, match="module 'fastllama' has no attribute 'nothing'"):
+        fastllama.__getattr__("nothing")
+
+
+def test_help_and_a_refusal_wait_for_no_torch():
+    code = """
+import sys
+import fastllama, run_llama
+from fastllama.lab.cli import command
+for argv in (["--help"], ["--bogus"], ["--profile", "--json", "x"]):
+    try:
+        run_llama.main(argv)
+    except SystemExit as end:
+        print(argv[0], end.code)
+assert command.main(["--version"]) == command.main(["--help"]) == 0 and command.main(["measure", "--bogus"]) == 2
+assert not {"torch", "transformers", "rich"} & set(sys.modules)
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    codes = [line for line in done.stdout.splitlines() if line in ("--help 0", "--bogus 2", "--profile 2")]
+    assert len(codes) == 3 and done.stderr.count("error: ") == 3
