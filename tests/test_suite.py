@@ -10,7 +10,7 @@ from fastllama.kernels import native
 from fastllama.lab import __main__ as lab_command
 from fastllama.lab.measuring import start
 from fastllama.lab.pictures import curve
-from fastllama.lab.records import readme, record, schema
+from fastllama.lab.records import readme, record, schema, suite_table
 from fastllama.lab.suite import __main__ as suite
 from fastllama.lab.suite import beside, rounds, small_rounds, suite_file, suite_lines
 from fastllama.lab.suite.line import NOT_COMPARED, Bound, Case, Line, Measured, judge
@@ -392,7 +392,7 @@ def readme_link(path) -> str:
 
 
 def test_the_readme_shows_the_newest_whole_run(tmp_path):
-    assert "No whole run" in readme.suite([], tmp_path)
+    assert "No whole run" in suite_table.table([], tmp_path)
     suite_of(tmp_path, kept_line(line="old"))
     failed = kept_line(line="big", reached=False, not_measured="too | large", parity=None, measured={})
     slow = kept_line(line="slow", reached=False, reached_by_figure={"speed": False, "cost": True})
@@ -402,16 +402,28 @@ def test_the_readme_shows_the_newest_whole_run(tmp_path):
     alone = suite_of(tmp_path, kept_line(line="single", selected=True))
     text = readme.render("<!-- begin:suite -->\n<!-- end:suite -->\n", [], tmp_path)
     assert readme.render(text, [], tmp_path) == text
-    assert f"Example CPU, 2 threads, torch 2.13.0; commit {COMMIT[:7]}; [{newest.stem}](tb_logs/suite/" in text
+    assert "- Example CPU, 2 threads, torch 2.13.0: 2 of 4 lines reached" in text
+    assert "| line | asked | Example CPU, 2 threads, torch 2.13.0 |" in text
     rows = [line for line in text.splitlines() if line.startswith("| `")]
-    assert rows[0] == (
-        "| `good`: demo fp32, 5 runs | speed >= 2<br>cost <= 1.2 | speed 3.00<br>cost 1.00 | reached | exact |"
-    )
-    assert "not measured: too \\| large" in rows[1] and "**not reached**" in rows[2] and len(rows) == 4
-    assert rows[3].startswith("| `single`") and rows[3].endswith(f"| reached | exact | {readme_link(alone)} |")
-    assert "dirty tree" not in text
-    suite_of(tmp_path, kept_line(commit=None, dirty=True))
-    assert "a dirty tree, no commit" in readme.suite([], tmp_path)
+    good = f"| `good`: demo fp32, 5 runs | speed >= 2<br>cost <= 1.2 | 3.00<br>1.00<br>exact, {readme_link(newest)} |"
+    assert rows[0] == good
+    assert f"| not measured: too \\| large<br>{readme_link(newest)} |" in rows[1]
+    assert "| **3.00**<br>1.00<br>exact, " in rows[2] and len(rows) == 4
+    assert rows[3].startswith("| `single`") and rows[3].endswith(f"<br>exact, {readme_link(alone)} |")
+
+
+def test_the_readme_has_a_column_for_each_machine(tmp_path):
+    """What one measures replaces nothing of another's, and a line that was measured again replaces the older one."""
+    suite_of(tmp_path, kept_line(), kept_line(line="other"))
+    other = {**kept_line()["environment"], "cpu": "Other CPU"}
+    missed = {"reached": False, "reached_by_figure": {"speed": False, "cost": True}}
+    elsewhere = suite_of(tmp_path, kept_line(selected=True, environment=other, **missed))
+    again = suite_of(tmp_path, kept_line(line="other", selected=True, asked=[], reached=None, reached_by_figure={}))
+    text = suite_table.table([], tmp_path)
+    assert "- Other CPU, 2 threads, torch 2.13.0: 0 of 1 lines reached" in text and ": 1 of 1 lines reached" in text
+    first, second = [line for line in text.splitlines() if line.startswith("| `")]
+    assert first.endswith(f" | **3.00**<br>1.00<br>exact, {readme_link(elsewhere)} |")
+    assert second.endswith(f"| - | speed 3.00<br>cost 1.00<br>exact, {readme_link(again)} | - |")
 
 
 def test_the_curve_takes_the_newest_of_each_model():

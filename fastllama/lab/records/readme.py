@@ -9,10 +9,9 @@ from fastllama.lab.memory import memory_table
 from fastllama.lab.options import summary as options_summary
 from fastllama.lab.points import figures, points_file
 from fastllama.lab.quality import score_file, score_table
-from fastllama.lab.records import assisted_table, lossy, words
+from fastllama.lab.records import assisted_table, lossy, suite_table, words
 from fastllama.lab.records.changes import cell, gain, number, own_rows, speed, table, times_vanilla
 from fastllama.lab.records.sources import ROOT
-from fastllama.lab.suite import suite_file
 
 NAME = "README.md"
 NOT_MEASURED = "not measured"
@@ -170,43 +169,6 @@ def result(records: list[dict], root: Path = ROOT) -> str:
     return "\n".join(parts)
 
 
-_SUITE_HEADS = ["line", "asked", "measured", "", "parity"]
-
-
-def _suite_row(kept: dict) -> list[str]:
-    bounds = kept["asked"]
-    names = [bound["figure"] for bound in bounds] or list(kept["measured"])
-    if kept["not_measured"] is not None:
-        result = f"{NOT_MEASURED}: {cell(kept['not_measured'])}"
-    else:
-        result = {True: "reached", False: "**not reached**", None: "nothing asked"}[kept["reached"]]
-    return [
-        f"`{kept['line']}`: {cell(kept['what'])}",
-        "<br>".join(f"{bound['figure']} {bound['op']} {bound['bound']:g}" for bound in bounds) or "-",
-        "<br>".join(f"{name} {figures.figure(kept['measured'].get(name))}" for name in names) or "-",
-        result,
-        kept["parity"] or "-",
-    ]
-
-
-def suite(records: list[dict], root: Path = ROOT) -> str:
-    """A table of the newest whole run of the suite per device, what was not measured included."""
-    parts = []
-    for path, kept in suite_file.newest(root).values():
-        commits = {f"commit {one['commit'][:7]}" if one["commit"] else "a dirty tree, no commit" for one in kept}
-        machine = suite_file.machine(kept[0])
-        where = f"[{path.stem}]({path.relative_to(root).as_posix()})"
-        about = f"{cell(machine)}; {', '.join(sorted(commits))}; {where}:"
-        parts.append(f"{about}\n\n{table(_SUITE_HEADS, [_suite_row(one) for one in kept])}")
-    for machine, lines in suite_file.later(root).items():
-        rows = [
-            [*_suite_row(one), f"[{path.stem}]({path.relative_to(root).as_posix()})"] for path, one in lines.values()
-        ]
-        about = f"By themselves since; {cell(machine)}:"
-        parts.append(f"{about}\n\n{table([*_SUITE_HEADS, 'run'], rows)}")
-    return "\n".join(parts) or "No whole run of the suite yet: `python -m fastllama.lab.suite cpu`.\n"
-
-
 def quality(records: list[dict], root: Path = ROOT) -> str:
     """The scores that `eval` left in tb_logs/quality, a table for each file, model and text."""
     parts = [
@@ -232,7 +194,7 @@ def memory(records: list[dict], root: Path = ROOT) -> str:
 BLOCKS = {
     "switches": switches,
     "result": result,
-    "suite": suite,
+    "suite": suite_table.table,
     "lossy": lossy.table,
     "quality": quality,
     "memory": memory,

@@ -106,18 +106,16 @@ def newest(root: Path = ROOT) -> dict[str, tuple[Path, list[dict]]]:
     return found
 
 
-def later(root: Path = ROOT) -> dict[str, dict[str, tuple[Path, dict]]]:
-    """Of each machine the newest record of each line measured by itself (`--only`) after the device's whole run.
+def current(root: Path = ROOT) -> dict[str, dict[str, tuple[Path, dict]]]:
+    """Of each machine the newest record of each line, in the device's newest whole run or by itself (`--only`) since.
 
     Machines are named as `figures.machine_name` does: what one measures replaces nothing of another's.
     """
-    whole = newest(root)
+    first = {device: _number(path) for device, (path, _) in newest(root).items()}
     found: dict[str, dict[str, tuple[Path, dict]]] = {}
     for path in _files(root):
         for record in read(path):
-            device = record["device"]
-            after = device not in whole or _number(path) > _number(whole[device][0])
-            if record["selected"] and not record["quick"] and after:
+            if not record["quick"] and _number(path) >= first.get(record["device"], 0):
                 found.setdefault(machine(record), {})[record["line"]] = (path, record)
     return found
 
