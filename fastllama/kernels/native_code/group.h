@@ -31,17 +31,19 @@ void attend_group(const float* units, float scale, const Keys& keys, const Value
 
 #if defined(FASTLLAMA_SMALL_BLOCKS)
 
+// Query rows that a model in half precision attends with by products of quants; one in fp32 does with two.
+#if defined(FASTLLAMA_EIGHT)
+constexpr int kMostSmallRows = kEight;
+#else
+constexpr int kMostSmallRows = std::numeric_limits<int>::max();
+#endif
+
 // Where both sides of a model in Model are small. `units` as rows of T where T is multiplied in pairs, else fp32.
 template <typename T, int V, typename Model>
 void attend_group(const float* units, float scale, const Expanded<Model, V>& keys, const Expanded<Model, V>& values,
                   int64_t begin, int64_t end, const int64_t* seen, int R, const Partial& out) {
   const bool small = !is_float(keys.run.format) && !is_float(values.run.format);
-#if defined(FASTLLAMA_SMALL_ROWS)
-  constexpr int kMost = std::is_same_v<Model, float> ? 2 : std::numeric_limits<int>::max();
-#else
-  constexpr int kMost = std::is_same_v<Model, float> ? 2 : kEight;
-#endif
-  if (!small || R > kMost)
+  if (!small || R > (std::is_same_v<Model, float> ? 2 : kMostSmallRows))
     return attend_group<T, V, Expanded<Model, V>, Expanded<Model, V>>(units, scale, keys, values, begin, end, seen, R, out);
   thread_local std::vector<float> wide;
   const float* query = units;

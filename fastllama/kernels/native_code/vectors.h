@@ -54,13 +54,14 @@ inline f32v widened(const T* p) {
   } else if constexpr (std::is_same_v<T, at::BFloat16>) {
 #if defined(FASTLLAMA_AVX2)  // the compiler would widen four numbers and four
     return (f32v)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
-#endif
+#else
     u16v half;
     __builtin_memcpy(&half, p, sizeof half);
     const u32v wide = __builtin_convertvector(half, u32v) << 16;
     f32v v;
     __builtin_memcpy(&v, &wide, sizeof v);
     return v;
+#endif
   } else {
 #if defined(__AVX512F__)
     return (f32v)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
