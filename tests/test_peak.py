@@ -29,21 +29,25 @@ _PREDICT = """
 import json, sys
 from fastllama.lab.memory import peak
 from fastllama.lab.points.point import Point
-task = json.load(sys.stdin)
-print(json.dumps(vars(peak.predict(Point.from_dict(task["point"]), task["name"]))))
+tasks = json.load(sys.stdin)
+print(json.dumps([vars(peak.predict(Point.from_dict(task["point"]), task["name"])) for task in tasks]))
 """
+
+
+@pytest.fixture(scope="module")
+def predicted() -> dict[str, dict[str, int]]:
+    """As a sweep predicts: in a process that has loaded nothing yet."""
+    tasks = json.dumps([{"point": asdict(point), "name": name} for point, name in LIVE.values()])
+    told = subprocess.run([sys.executable, "-c", _PREDICT], input=tasks, capture_output=True, text=True, check=True)
+    return dict(zip(LIVE, json.loads(told.stdout), strict=True))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks of anonymous memory are read from /proc")
 @pytest.mark.parametrize("what", LIVE)
-def test_the_prediction_is_within_its_margin_of_the_measured_peak(what, monkeypatch):
+def test_the_prediction_is_within_its_margin_of_the_measured_peak(what, predicted, monkeypatch):
     # With as many threads as a user has: what a heap keeps of passing tensors is less with one.
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    point, name = LIVE[what]
-    task = json.dumps({"point": asdict(point), "name": name})
-    # As a sweep predicts: in a process that has loaded nothing yet.
-    told = subprocess.run([sys.executable, "-c", _PREDICT], input=task, capture_output=True, text=True, check=True)
-    parts = json.loads(told.stdout)
+    (point, name), parts = LIVE[what], predicted[what]
     predicted_mb = sum(parts.values()) / 1e6
     assert parts["cache"] + parts["work"] > parts["base"] / 2
     assert predicted_mb == pytest.approx(memory.peaks(point, name).max_mem_mb, rel=peak.MARGIN)
