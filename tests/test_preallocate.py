@@ -38,8 +38,8 @@ def test_no_recompilation_and_no_reallocation_in_20_calls(compile, rope):
     assert addresses == [tensor.data_ptr() for tensor in (*cache.keys, *cache.values, cache.mask_B11S)]
 
 
-def test_many_models_do_not_share_a_recompile_limit(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_many_models_do_not_share_a_recompile_limit():
     for seed in range(torch._dynamo.config.recompile_limit + 2):
         _, ours = pair(seed=seed, num_hidden_layers=1, vocab_size=16 + seed)
         ours.preallocate(1, 20, compile="static")
