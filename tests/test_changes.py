@@ -260,10 +260,11 @@ def test_every_switch_is_in_the_table(tmp_path):
 
     from fastllama.model.config import FastConfig
 
-    (tmp_path / "run_llama.py").write_text('parser.add_argument("--compile")\n')
     text = readme.switches([], tmp_path)
     assert [line.split(" | ")[0] for line in text.splitlines()[3:]] == [f"| `{f.name}`" for f in fields(FastConfig)]
-    assert "| `compile` | `--compile` |" in text and "| `fuse` | Python only |" in text
+    # Each can be given on the command line, and what could not would say so.
+    assert "| `compile` | `--compile` |" in text and "Python only" not in text
+    assert readme._flag("default_fast") == "Python only"
     assert text.count(readme.NOT_MEASURED) == 1 + len(fields(FastConfig))
 
 

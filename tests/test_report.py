@@ -102,11 +102,11 @@ def test_figures_are_the_records_and_words_are_text(page, records):
 
 
 def test_the_suite_and_the_sweep_are_shown_with_what_failed(page, root):
-    _, kept = suite_file.newest()["cpu"]
+    path, kept = suite_file.newest()["cpu"]
     shown = rows(page, "suite")
     assert [row[0] for row in shown] == [one["what"] for one in kept]
     assert [row[3] for row in shown] == ["reached" if one["reached"] else "not reached" for one in kept]
-    assert {row[3] for row in shown} == {"reached", "not reached"}
+    assert {row[3] for row in shown} == {"reached", "not reached"} and {row[5] for row in shown} == {path.stem}
     points = rows(page, "sweeps")
     assert [row[0] for row in points] == ["batch_size 1", "batch_size 8", "batch_size 16"]
     assert points[2][-1] == f"failed: {HOSTILE}"

@@ -153,6 +153,11 @@ def _parser(about: str | None, defaults: Defaults) -> argparse.ArgumentParser:
     return parser
 
 
+def flags() -> set[str]:
+    """Every name by which a switch can be given."""
+    return set(_parser(None, Defaults([1], [1], [1], 0, 1))._option_string_actions)
+
+
 def _add_context(group) -> None:
     group.add_argument(
         "--context-shift",

@@ -54,9 +54,9 @@ def _results(records: list[dict]) -> str:
 
 def _suite(root: Path) -> str:
     parts = []
-    for path, kept in suite_file.newest(root).values():
+    for machine, lines in suite_file.current(root).items():
         rows = []
-        for one in kept:
+        for path, one in lines.values():
             names = [bound["figure"] for bound in one["asked"]] or list(one["measured"])
             said = {True: "reached", False: "not reached", None: "nothing asked"}[one["reached"]]
             rows.append(
@@ -66,10 +66,11 @@ def _suite(root: Path) -> str:
                     "; ".join(f"{name} {changes.speed(one['measured'].get(name))}" for name in names) or "-",
                     said if one["not_measured"] is None else f"not measured: {one['not_measured']}",
                     one["parity"] or "-",
+                    path.stem,
                 ]
             )
-        parts.append(f"<h3>{escape(path.stem)}</h3>")
-        parts.append(table(path.stem, ["line", "asked", "measured", "result", "parity"], rows))
+        parts.append(f"<h3>{escape(machine)}</h3>")
+        parts.append(table(machine, ["line", "asked", "measured", "result", "parity", "run"], rows))
     return "".join(parts)
 
 
@@ -102,7 +103,7 @@ def _plots(records: list[dict], root: Path) -> str:
             "Decode speed over vanilla's, commit by commit, with the spread",
         )
     # A curve needs points with a ceiling; the suite's are among them where it ran.
-    kept = [one for _, run in suite_file.newest(root).values() for one in run]
+    kept = [one for lines in suite_file.current(root).values() for _, one in lines.values()]
     if drawn := curve.points(records, kept):
         plots += picture(
             lambda path: curve.curve(drawn, path),

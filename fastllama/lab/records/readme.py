@@ -5,6 +5,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 from fastllama.lab.devices import paper
+from fastllama.lab.measuring import arguments
 from fastllama.lab.memory import memory_table
 from fastllama.lab.options import summary as options_summary
 from fastllama.lab.points import figures, points_file
@@ -87,11 +88,10 @@ def effect_of_preallocate(records: list[dict], defaults: dict) -> str:
     return "<br>".join(found.values()) or NOT_MEASURED
 
 
-def _flag(name: str, root: Path) -> str:
+def _flag(name: str) -> str:
     """The command line's flag for a field, if run_llama.py has it."""
     flag = "--" + name.replace("_", "-")
-    path = Path(root) / "run_llama.py"
-    return f"`{flag}`" if path.exists() and f'"{flag}"' in path.read_text(encoding="utf-8") else "Python only"
+    return f"`{flag}`" if flag in arguments.flags() else "Python only"
 
 
 def switches(records: list[dict], root: Path = ROOT) -> str:
@@ -106,7 +106,7 @@ def switches(records: list[dict], root: Path = ROOT) -> str:
         rows.append(
             [
                 f"`{field.name}`",
-                _flag(field.name, root),
+                _flag(field.name),
                 cell(about["help"]),
                 cell(about["allowed"]),
                 f"`{_show(field.default)}`",
