@@ -1,6 +1,7 @@
 """A soak of hundreds of generations on a tiny model, and soaks into which a leak or a wrong text is put."""
 
 import json
+import mmap
 
 import pytest
 import torch
@@ -48,7 +49,9 @@ def test_a_leak_is_found(tiny, tmp_path, monkeypatch, capsys):
     least, held, real = shorter(monkeypatch), [], fastllama.LlamaForCausalLM.generate
 
     def leaking(self, *args, **kwargs):
-        held.append(torch.ones(2**20))  # four megabytes
+        # Four megabytes, and not of the heap: what earlier tests gave back to it would be taken first.
+        held.append(mmap.mmap(-1, 2**22, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        held[-1].write(bytes(2**22))
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr(fastllama.LlamaForCausalLM, "generate", leaking)
