@@ -410,6 +410,10 @@ def test_the_readme_shows_the_newest_whole_run(tmp_path):
     assert f"| not measured: too \\| large<br>{readme_link(newest)} |" in rows[1]
     assert "| **3.00**<br>1.00<br>exact, " in rows[2] and len(rows) == 4
     assert rows[3].startswith("| `single`") and rows[3].endswith(f"<br>exact, {readme_link(alone)} |")
+    # What no commit holds says so in its run's name.
+    assert "-dirty](" not in text
+    suite_file.append(suite_file.create("cpu", None, tmp_path), kept_line(commit=None, dirty=True))
+    assert "-dirty](" in suite_table.table([], tmp_path)
 
 
 def test_the_readme_has_a_column_for_each_machine(tmp_path):
