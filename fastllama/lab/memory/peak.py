@@ -28,6 +28,8 @@ _HEAP = 2
 # Where a whole prompt passes at once, what it keeps differs from run to run, a fifth as much again to all of it (64
 # rows of 400 tokens of the demo: 0.81 to 1.14 GB): the middle is predicted.
 _WHOLE_HEAP = 1.6
+# From this size on glibc's heap never keeps a block: it is mapped, and given back (mallopt(3), M_MMAP_THRESHOLD).
+_MAPPED = 32 * 2**20
 _FIRST_USE = 50_000_000  # bytes of tokenizer, text, threads and what libraries import when they are first used
 _LOGITS = 3  # fp32 copies of one position's logits that choosing a token takes
 # Tokens of the demo's prompts by which the base is measured: of one, loading is the peak; of the other, the prompt.
@@ -199,11 +201,18 @@ def _static(point: Point, config: LlamaConfig) -> tuple[int, int]:
     work, itemsize, positions = point.workload, point.torch_dtype.itemsize, point.positions
     queries, position, _ = _sizes_of(point, config)
     tokens, held = _passing(point, config)
-    # The mask and two more of truths while it is made, then it as numbers.
-    held += work.batch_size * tokens * positions * (2 + itemsize)
-    if config.num_attention_heads != config.num_key_value_heads:  # repeated for each query head, a layer at a time
-        held += 2 * work.batch_size * positions * queries * itemsize
-    return position * work.batch_size * positions, held
+    mask = work.batch_size * tokens * positions  # of truths, a byte each; each layer makes numbers of it
+    repeated = 0
+    if config.num_attention_heads != config.num_key_value_heads:  # for each query head, a layer at a time
+        repeated = work.batch_size * positions * queries * itemsize
+    attending = mask + _kept(mask * itemsize, point) + 2 * _kept(repeated, point)
+    # While the mask is made there are two more of truths.
+    return position * work.batch_size * positions, held + max(mask * (2 + itemsize), attending)
+
+
+def _kept(nbytes: int, point: Point) -> int:
+    """What a tensor that comes and goes takes: a heap keeps the place of a small one beside the next."""
+    return nbytes * _HEAP if point.device == "cpu" and nbytes < _MAPPED else nbytes
 
 
 def fit(point: Point, only_memory: bool = False) -> Fit:
