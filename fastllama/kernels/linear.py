@@ -32,9 +32,12 @@ def _linear_packed(x, handle, bias, out_features):
 _library.impl("linear_packed", _linear_packed, "CPU")
 
 
-@torch.library.register_fake("fastllama::linear_packed")
-def _(x, handle, bias, out_features):
+def _packed_shape(x, handle, bias, out_features):
     return x.new_empty((*x.shape[:-1], out_features))
+
+
+# Not by register_fake: it looks for its caller through every module of the process, while all are being imported.
+_library.impl("linear_packed", _packed_shape, "Meta")
 
 
 def rows_of(x: torch.Tensor) -> int:

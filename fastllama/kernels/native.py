@@ -52,6 +52,7 @@ def library_name() -> str:
     return f"fastllama_native_{hashlib.sha256(code).hexdigest()[:12]}"
 
 
+_shapes = torch.library.Library("fastllama_native", "IMPL")  # for the compiler; they hold as long as this lives
 # Of which integers the processor sums products in one instruction: "bytes", "shorts" or "none"; known once the
 # operators are loaded.
 sums_products_of = "none"
@@ -75,8 +76,8 @@ def load() -> str | None:
     except Exception as fault:  # whatever a compiler can do wrong
         words = str(fault).strip().splitlines() or [type(fault).__name__]
         return f"it was not built: {words[0]}"
-    torch.library.register_fake("fastllama_native::linear_rows", _rows_shape)
-    torch.library.register_fake("fastllama_native::linear_small", _small_shape)
+    _shapes.impl("linear_rows", _rows_shape, "Meta")
+    _shapes.impl("linear_small", _small_shape, "Meta")
     sums_products_of = torch.ops.fastllama_native.sums_products_of()
     return None
 

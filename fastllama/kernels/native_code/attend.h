@@ -1,4 +1,5 @@
-// Attention of some query rows to one kv head, and what it is called with: built once for each dtype of a model.
+// Attention of some query rows to one kv head, and what it is called with: built once for each dtype of a model, and once
+// for caches of quants.
 //
 // Legend: R query rows of one kv head (group x new tokens), D head dim, S cached positions.
 
@@ -7,6 +8,14 @@
 #include <algorithm>
 
 #include "product.h"
+
+// Whether quants of a cache are multiplied as they are.
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#define FASTLLAMA_SMALL_BLOCKS
+#define FASTLLAMA_SMALL_ROWS  // three rows and more as well
+#elif defined(FASTLLAMA_AVX2)
+#define FASTLLAMA_SMALL_BLOCKS
+#endif
 
 namespace fastllama {
 
@@ -66,6 +75,13 @@ struct Partial {
 template <typename T>
 void attend_head(int64_t D, const float* units, float scale, const Run& keys, const Run& values, int64_t begin, int64_t end,
                  const int64_t* seen, int R, const Partial& out);
+
+#if defined(FASTLLAMA_SMALL_BLOCKS)
+// The same over keys and values that are both quants, which are multiplied as they are, for a model of any dtype. units:
+// fp32 [R, D]. Of a model in fp32 R is 1 or 2.
+void attend_small_head(int64_t D, const float* units, float scale, const Run& keys, const Run& values, int64_t begin,
+                       int64_t end, const int64_t* seen, int R, const Partial& out);
+#endif
 
 }  // namespace fastllama
 

@@ -1,6 +1,7 @@
 // What Python calls to store keys and values as a cache keeps them, and to attend to them: `attend_prompt` where they
 // are in the model's own type and every token sees those before it, `attend_stored` in every other case.
 
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "checks.h"

@@ -6,8 +6,7 @@
 
 #include "eight.h"
 #include "lanes.h"
-#include "small_eight.h"
-#include "small_lanes.h"
+#include "stored.h"
 
 namespace {
 
@@ -52,23 +51,7 @@ void attend_group(const float* units, float scale, const Expanded<Model, V>& key
     for (int64_t i = 0; i < (int64_t)wide.size(); i += kVector) store(&wide[i], Wide<T>::weight((const T*)units + i));
     query = wide.data();
   }
-  if (R == 1) return attend_small<V, 1>(query, scale, keys.run, values.run, begin, end, seen, out);
-  if (R == 2) return attend_small<V, 2>(query, scale, keys.run, values.run, begin, end, seen, out);
-#if defined(FASTLLAMA_EIGHT)
-  if constexpr (!std::is_same_v<Model, float>) attend_small_eight<V>(query, scale, keys.run, values.run, begin, end, seen, R, out);
-#else
-  if constexpr (!std::is_same_v<Model, float>) {
-#if defined(FASTLLAMA_LANES)
-    if constexpr (V % 2 == 0) {
-      if (R <= kLaneRows / 2)
-        return attend_small_lanes<V, kLaneRows / 2>(query, scale, keys.run, values.run, begin, end, seen, R, out);
-      if (R <= kLaneRows)
-        return attend_small_lanes<V, kLaneRows>(query, scale, keys.run, values.run, begin, end, seen, R, out);
-    }
-#endif
-    attend_small_rows<V>(query, scale, keys.run, values.run, begin, end, seen, R, out);
-  }
-#endif
+  attend_small_head(V * kVector, query, scale, keys.run, values.run, begin, end, seen, R, out);
 }
 
 #endif

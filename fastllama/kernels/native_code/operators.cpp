@@ -1,5 +1,7 @@
 // What Python calls: fastllama_native::linear_rows and the class Step.
 
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
 

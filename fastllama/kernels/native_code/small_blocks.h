@@ -7,13 +7,6 @@
 
 #include "stored.h"
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
-#define FASTLLAMA_SMALL_BLOCKS
-#define FASTLLAMA_SMALL_ROWS  // three rows and more as well
-#elif defined(FASTLLAMA_AVX2)
-#define FASTLLAMA_SMALL_BLOCKS
-#endif
-
 #if defined(FASTLLAMA_SMALL_BLOCKS)
 
 namespace {

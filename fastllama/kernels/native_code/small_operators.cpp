@@ -1,6 +1,7 @@
 // What Python calls for small weights: fastllama_native::linear_small, expand_small and quantise_small.
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <atomic>

@@ -6,7 +6,6 @@
 
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <omp.h>
 

@@ -5,7 +5,10 @@
 
 #pragma once
 
-#include <ATen/ATen.h>
+// Of torch's headers each file takes what it needs: all of ATen takes longer to read than many a kernel to compile.
+#include <c10/util/BFloat16.h>
+#include <c10/util/Exception.h>
+#include <c10/util/Half.h>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -17,6 +20,10 @@
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
+
+namespace at {
+using namespace c10;
+}
 
 namespace {
 
