@@ -1,5 +1,6 @@
 """fastllama: a drop-in LlamaForCausalLM that generates the same tokens, faster."""
 
+import gc
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,13 @@ def __getattr__(name: str) -> Any:
     """A public name, imported when it is first asked for."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    collects = gc.isenabled()
+    gc.disable()  # an import makes hundreds of thousands of objects and next to no garbage: looking for it is a twelfth
+    try:
+        value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    finally:
+        if collects:
+            gc.enable()
     return value
 
 

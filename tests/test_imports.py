@@ -1,6 +1,7 @@
 """The house of DESIGN: a floor imports only from floors above it."""
 
 import ast
+import gc
 import importlib
 import subprocess
 import sys
@@ -97,6 +98,23 @@ def test_a_public_name_comes_from_where_a_type_checker_finds_it():
         assert getattr(fastllama, name) is getattr(importlib.import_module(home), name)
     with pytest.raises(AttributeError, match="module 'fastllama' has no attribute 'nothing'"):
         fastllama.__getattr__("nothing")
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_importing_leaves_the_collection_of_garbage_as_it_was(collects, monkeypatch):
+    def while_importing(name):
+        assert not gc.isenabled()
+        raise ImportError(name)
+
+    monkeypatch.setattr(fastllama.importlib, "import_module", while_importing)
+    before = gc.isenabled()
+    try:
+        (gc.enable if collects else gc.disable)()
+        with pytest.raises(ImportError, match=r"fastllama\.llama"):
+            fastllama.__getattr__("LlamaForCausalLM")
+        assert gc.isenabled() == collects
+    finally:
+        (gc.enable if before else gc.disable)()
 
 
 def test_help_and_a_refusal_wait_for_no_torch():

@@ -61,6 +61,8 @@ def start(name: str, task: list, folder: Path) -> dict:
     """
     search = os.pathsep.join(filter(None, [_PACKAGE_PARENT, os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, **cache_environment(folder), "PYTHONPATH": search}
+    # As where a package is installed: the modules' bytecode is there from an earlier process.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     command = [sys.executable, "-c", _PROGRAMS[name], json.dumps(task)]
     with tempfile.TemporaryFile() as noise:
         begun = time.perf_counter()
