@@ -48,7 +48,7 @@ def assert_parity(vanilla, inputs: dict, ours_ids, reference_ids, greedy: bool) 
 
 @cache
 def vanillas_ids(kv_heads: int, rope: str, tied: bool, batch: str, greedy: bool) -> torch.Tensor:
-    """Asked once for what several cases of ours are compared with; of a fresh model, so that no call hides another's."""
+    """Asked once for what several cases of ours are compared with."""
     vanilla, _ = pair(kv_heads, rope, tie_word_embeddings=tied)
     return generate(vanilla, prompt(batch), max_new_tokens=NEW, **(GREEDY if greedy else SAMPLED))
 
