@@ -1,5 +1,6 @@
 """The house of DESIGN: a floor imports only from floors above it."""
 
+import argparse
 import ast
 import gc
 import importlib
@@ -146,9 +147,15 @@ assert not {"torch", "transformers", "rich"} & set(sys.modules)
 
 
 @pytest.mark.parametrize("name", sorted(lab._COMMANDS))
-def test_each_command_of_the_laboratory_is_a_module_with_its_arguments(name, capsys):
+def test_each_command_of_the_laboratory_is_a_module_with_its_arguments(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # argparse breaks words at hyphens
     with pytest.raises(SystemExit) as end:
         lab.main([name, "--help"])
     assert end.value.code == 0 and callable(lab._module(name).run)
     said = " ".join(capsys.readouterr().out.split())
     assert f"python -m fastllama.lab {name}" in said and lab._COMMANDS[name][1].split(":")[0] in said
+    own = argparse.ArgumentParser()
+    lab._module(name).arguments(own)
+    assert len(own._actions) > 1 or name == "board"
+    shown = [action for action in own._actions if action.help != argparse.SUPPRESS and action.option_strings]
+    assert all(action.option_strings[-1] in said for action in shown)

@@ -82,11 +82,17 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
     return argv[:place], argv[place + 1 :]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0, 1 where --check finds a difference, 2 (and one sentence) on bad input."""
-    argv, switches = _split(sys.argv[1:] if argv is None else argv)
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line; as argparse does, exits with code 2 where it is wrong. `switches`: what compare hands on."""
+    argv, switches = _split(argv)
     arguments = _parser(set(argv) & set(_COMMANDS)).parse_args(argv)
     arguments.switches = switches
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code: 0, 1 where --check finds a difference, 2 (and one sentence) on bad input."""
+    arguments = parse(sys.argv[1:] if argv is None else argv)
     try:
         if arguments.command in _OF_THE_LOG and arguments.root == ROOT:
             require_clone(ROOT, f"{arguments.command} is about the records, which are kept")
