@@ -56,7 +56,7 @@ def test_every_unmeasured_command_is_one_that_can_be_run():
             suite._parser().parse_args(shlex.split(entry["command"])[3:])
             continue
         if entry["command"].startswith("python -m fastllama.lab "):
-            command_line._parser().parse_args(shlex.split(entry["command"])[3:])
+            command_line.parse(shlex.split(entry["command"])[3:])
             continue
         several = "torchrun --nproc-per-node 2 "
         command = "python " * entry["command"].startswith(several) + entry["command"].removeprefix(several)

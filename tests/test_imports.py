@@ -1,5 +1,6 @@
 """The house of DESIGN: a floor imports only from floors above it."""
 
+import argparse
 import ast
 import gc
 import importlib
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import fastllama
+from fastllama.lab import __main__ as lab
 
 PACKAGE = Path(__file__).parent.parent / "fastllama"
 # The last hands over to the command line, in lab/cli.
@@ -121,17 +123,39 @@ def test_help_and_a_refusal_wait_for_no_torch():
     code = """
 import sys
 import fastllama, run_llama
+from fastllama.lab import __main__ as lab
 from fastllama.lab.cli import command
 for argv in (["--help"], ["--bogus"], ["--profile", "--json", "x"]):
     try:
         run_llama.main(argv)
     except SystemExit as end:
         print(argv[0], end.code)
+for argv in (["--help"], ["bogus"]):
+    try:
+        lab.main(argv)
+    except SystemExit as end:
+        print("lab", argv[0], end.code)
 assert command.main(["--version"]) == command.main(["--help"]) == 0 and command.main(["measure", "--bogus"]) == 2
 assert not {"torch", "transformers", "rich"} & set(sys.modules)
 """
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    codes = [line for line in done.stdout.splitlines() if line in ("--help 0", "--bogus 2", "--profile 2")]
-    assert len(codes) == 3 and done.stderr.count("error: ") == 3
+    said = ("--help 0", "--bogus 2", "--profile 2", "lab --help 0", "lab bogus 2")
+    codes = [line for line in done.stdout.splitlines() if line in said]
+    assert len(codes) == 5 and done.stderr.count("error: ") == 4
+
+
+@pytest.mark.parametrize("name", sorted(lab._COMMANDS))
+def test_each_command_of_the_laboratory_is_a_module_with_its_arguments(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # argparse breaks words at hyphens
+    with pytest.raises(SystemExit) as end:
+        lab.main([name, "--help"])
+    assert end.value.code == 0 and callable(lab._module(name).run)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"python -m fastllama.lab {name}" in said and lab._COMMANDS[name][1].split(":")[0] in said
+    own = argparse.ArgumentParser()
+    lab._module(name).arguments(own)
+    assert len(own._actions) > 1 or name == "board"
+    shown = [action for action in own._actions if action.help != argparse.SUPPRESS and action.option_strings]
+    assert all(action.option_strings[-1] in said for action in shown)

@@ -17,7 +17,6 @@ import run_llama
 from fastllama.lab import __main__ as laboratory
 from fastllama.lab.cli import command
 from fastllama.lab.cli.parser import parse
-from fastllama.lab.measuring import compare
 from fastllama.lab.records.sources import ROOT
 from fastllama.lab.suite import __main__ as suite
 
@@ -140,8 +139,7 @@ def check(line: str, folder) -> None:
         if options.task is None and options.prompts is None:
             run_llama._plan(options)
     elif words[:3] == ["python", "-m", "fastllama.lab"]:
-        laboratory._parser().parse_args(compare.split(words[3:])[0])
-        run_llama._parse(compare.split(words[3:])[1])
+        run_llama._parse(laboratory.parse(words[3:]).switches)
     elif words[:3] == ["python", "-m", "fastllama.lab.suite"]:
         suite._parser().parse_args(words[3:])
     elif words[:2] == ["fastllama", "generate"]:

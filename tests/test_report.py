@@ -162,7 +162,7 @@ def test_no_records_no_page():
 def test_the_command_writes_the_page_or_says_why_not(records, tmp_path, capsys, monkeypatch):
     from fastllama.lab import __main__ as lab
 
-    monkeypatch.setattr(lab.record, "read_all", lambda root: records)
+    monkeypatch.setattr(report, "read_all", lambda root: records)
     target = tmp_path / "page.html"
     assert lab.main(["--root", str(tmp_path), "report", "-o", str(target)]) == 0
     assert target.read_text(encoding="utf-8").startswith("<!doctype html>")

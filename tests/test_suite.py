@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 
 from fastllama.kernels import native
 from fastllama.lab import __main__ as lab_command
@@ -192,6 +193,15 @@ def test_first_use_of_starts_that_were_made_up(tiny, monkeypatch):
     assert measured.figures["static_first_token_ratio"] == 2.0
     assert asked == [("ours", "static")] * 2 + [("ours", "native"), ("ours", "static"), ("vanilla", "no")] * 4
     assert measured.parity == "exact"
+
+
+@pytest.mark.parametrize(
+    ("packs", "switches"), [(True, {"compile": "static", "products": "packed"}), (False, {"compile": "native"})]
+)
+def test_packed_products_are_asked_for_only_where_torch_packs_them(packs, switches, monkeypatch):
+    monkeypatch.setattr("fastllama.lab.suite.line.can_pack", lambda weight: packs and weight.dtype == torch.bfloat16)
+    assert Case("demo", "bf16", compile="static", products="packed").switches == switches
+    assert Case("demo", "bf16", compile="static").switches == {"compile": "static"}
 
 
 def test_a_start_is_a_process_of_its_own(tiny, tmp_path):

@@ -1,123 +1,102 @@
 """python -m fastllama.lab: render the log, note a prediction, score, draw, export, plan memory, fill TensorBoard."""
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
+from types import ModuleType
 
-from fastllama.lab.devices import paper
-from fastllama.lab.measuring import compare, doctor
-from fastllama.lab.memory import memory_table, planner
-from fastllama.lab.options import command as options
-from fastllama.lab.pages import board, report
-from fastllama.lab.pictures import plot
-from fastllama.lab.prompts import parallel
-from fastllama.lab.quality import context_score, evaluation
-from fastllama.lab.records import changes, export, readme, record, words
 from fastllama.lab.records.sources import ROOT, require_clone
-from fastllama.lab.soak import command as soak
 
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m fastllama.lab", description=__doc__)
-    parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    for name in ("changes", "readme"):
-        rendering = commands.add_parser(name, help=f"render {name} from the records in tb_logs")
-        rendering.add_argument("--check", action="store_true", help="write nothing; exit code 1 if it is out of date")
-
-    predict = commands.add_parser("predict", help="note what a change is expected to do, to commit before the run")
-    predict.add_argument("what", help="the words that --record will be given")
-    predict.add_argument("text", help="what you expect")
-
-    export.arguments(commands)
-    doctor.arguments(commands)
-    report.arguments(commands)
-    commands.add_parser("board", help="write TensorBoard's event files from the records")
-
-    compare.arguments(commands)
-    evaluation.arguments(commands)
-    context_score.arguments(commands)
-    options.arguments(commands)
-
-    plot.arguments(commands)
-    planner.arguments(commands)
-    memory_table.arguments(commands)
-    parallel.arguments(commands)
-    soak.arguments(commands)
-    paper.arguments(commands)
-    return parser
-
-
-def _render(arguments, records: list[dict]) -> int:
-    if arguments.command == "changes":
-        current = changes.is_current(records, arguments.root)
-        if not arguments.check:
-            changes.write(records, arguments.root)
-        name = changes.NAME
-    else:
-        current = readme.write(records, arguments.root, arguments.check)
-        name = readme.NAME
-    if arguments.check and not current:
-        print(f"{name} is out of date: run python -m fastllama.lab {arguments.command}", file=sys.stderr)
-        return 1
-    print(f"{name}: {'up to date' if current else 'written'}, {len(records)} records")
-    return 0
-
-
+# Each command: the module that has its `arguments(parser)` and `run(arguments)`, imported when it is asked for, and
+# what it does. What they import, torch and transformers, takes seconds, which help and a refused command do without.
+_COMMANDS = {
+    "changes": ("records.rendering", "render changes.md from the records in tb_logs"),
+    "readme": ("records.rendering", "render the tables of README.md from the records in tb_logs"),
+    "predict": ("records.noting", "note what a change is expected to do, to commit before the run"),
+    "export": ("records.export", "points or records as md, csv, json, jsonl or sqlite"),
+    "report": ("pages.report", "write the log, tables and plots as one HTML page"),
+    "board": ("pages.fill", "write TensorBoard's event files from the records"),
+    "plot": ("pictures.plot", "draw the log, a sweep, its memory or the ceiling"),
+    "doctor": ("measuring.doctor", "what this machine can do, and what to install to be faster"),
+    "compare": (
+        "measuring.compare",
+        "is B faster than A: two records, or two commits or branches, which are measured now, in turns",
+    ),
+    "eval": (
+        "quality.evaluation",
+        "score what a low precision costs: perplexity, KL divergence and agreement with vanilla transformers",
+    ),
+    "context": (
+        "quality.context_score",
+        "score a shifted context against computing what is left in it anew, and the turning of keys by itself",
+    ),
+    "options": (
+        "options.command",
+        "a table of llama.cpp's options over prompt files: each text, its timings, and what differs from the default's",
+    ),
+    "plan": (
+        "memory.planner",
+        "which weights and caches fit into so much memory, about how fast, and how good where that was measured",
+    ),
+    "memory-table": (
+        "memory.memory_table",
+        "peaks of memory by context length, predicted beside measured, from files of --memory-only points",
+    ),
+    "parallel": (
+        "prompts.parallel",
+        "requests behind one system prompt, several at a time: a finished request's place is taken by the next",
+    ),
+    "soak": ("soak.command", "many short generations of every kind: memory must stay flat and every text the same"),
+    "spread": (
+        "devices.paper",
+        "on paper: what a token of a tensor-parallel Llama costs in bytes and messages, and where the limit lies",
+    ),
+}
 # What reads or writes the log of the repository, and has none where the package is installed.
 _OF_THE_LOG = ("changes", "readme", "predict", "board", "report")
 
 
-def _run(arguments) -> int:
-    if arguments.command in _OF_THE_LOG and arguments.root == ROOT:
-        require_clone(ROOT, f"{arguments.command} is about the records, which are kept")
-    if arguments.command == "predict":
-        path = words.predict(arguments.what, arguments.text, arguments.root)
-        print(f"noted in {path}: commit it, then run with --record {arguments.what!r}")
-        return 0
-    if arguments.command == "export":
-        return export.run(arguments)
-    if arguments.command == "doctor":
-        return doctor.run(arguments)
-    if arguments.command == "plot":
-        return plot.run(arguments)
-    if arguments.command == "plan":
-        return planner.run(arguments)
-    if arguments.command == "memory-table":
-        return memory_table.run(arguments)
-    if arguments.command == "parallel":
-        return parallel.run(arguments)
-    if arguments.command == "spread":
-        return paper.run(arguments)
-    if arguments.command == "compare":
-        return compare.run(arguments)
-    if arguments.command == "eval":
-        return evaluation.run(arguments)
-    if arguments.command == "context":
-        return context_score.run(arguments)
-    if arguments.command == "options":
-        return options.run(arguments)
-    if arguments.command == "soak":
-        return soak.run(arguments)
-    records = record.read_all(arguments.root)
-    if arguments.command in ("changes", "readme"):
-        return _render(arguments, records)
-    if arguments.command == "board":
-        count = board.write_all(records, arguments.root / words.LOGS)
-        print(f"{count} records written for tensorboard --logdir {words.LOGS}")
-        return 0
-    return report.run(arguments, records)
+def _module(command: str) -> ModuleType:
+    return importlib.import_module(f"fastllama.lab.{_COMMANDS[command][0]}")
+
+
+def _parser(asked: set[str]) -> argparse.ArgumentParser:
+    """Of all commands, and of those in `asked` with their arguments."""
+    parser = argparse.ArgumentParser(prog="python -m fastllama.lab", description=__doc__)
+    parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (_, what) in _COMMANDS.items():
+        command = commands.add_parser(name, help=what, description=what)
+        if name in asked:
+            _module(name).arguments(command)
+    return parser
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The command line, and behind the "--" of compare the switches that it hands on to run_llama.py."""
+    if "compare" not in argv or "--" not in argv:
+        return argv, []
+    place = argv.index("--")
+    return argv[:place], argv[place + 1 :]
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line; as argparse does, exits with code 2 where it is wrong. `switches`: what compare hands on."""
+    argv, switches = _split(argv)
+    arguments = _parser(set(argv) & set(_COMMANDS)).parse_args(argv)
+    arguments.switches = switches
+    return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
     """The exit code: 0, 1 where --check finds a difference, 2 (and one sentence) on bad input."""
-    argv, switches = compare.split(sys.argv[1:] if argv is None else argv)
-    arguments = _parser().parse_args(argv)
-    arguments.switches = switches
+    arguments = parse(sys.argv[1:] if argv is None else argv)
     try:
-        return _run(arguments)
+        if arguments.command in _OF_THE_LOG and arguments.root == ROOT:
+            require_clone(ROOT, f"{arguments.command} is about the records, which are kept")
+        return _module(arguments.command).run(arguments)
     except (ValueError, OSError, MemoryError) as error:
         if arguments.debug:
             raise

@@ -7,6 +7,7 @@ message waits for the product before it and holds up the one behind it, so that 
 Legend: B rows, E hidden size.
 """
 
+import argparse
 import math
 from dataclasses import dataclass
 
@@ -176,10 +177,8 @@ def in_markdown(records: list[dict] | None = None, root=None) -> str:
     return "\n".join(lines) + f"\n\n{limit(made, machine)}\n\n{source}\n"
 
 
-def arguments(commands) -> None:
-    """Add the command to argparse's subparsers."""
-    what = "on paper: what a token of a tensor-parallel Llama costs in bytes and messages, and where the limit lies"
-    parser = commands.add_parser("spread", help=what, description=what)
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments to its parser."""
     usual = Machine()
     parser.add_argument("--model", default="llama-3-70b", metavar="NAME", help=f"{', '.join(BODIES)} (%(default)s)")
     parser.add_argument("--processes", default=",".join(map(str, PROCESSES)), metavar="LIST", help="(%(default)s)")

@@ -23,14 +23,6 @@ _WORKLOAD = ("model", "dtype", "batch_size", "prompt_length", "new_tokens", "see
 _MACHINE = ("cpu", "threads", "torch", "gpu")
 
 
-def split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The command line of compare, and behind "--" the switches that it hands on to run_llama.py."""
-    if "compare" not in argv or "--" not in argv:
-        return argv, []
-    place = argv.index("--")
-    return argv[:place], argv[place + 1 :]
-
-
 def _share(text: str) -> float:
     try:
         value = float(text.removesuffix("%"))
@@ -48,10 +40,8 @@ def _pairs(text: str) -> int:
     return value
 
 
-def arguments(commands) -> None:
-    """Add the command to argparse's subparsers."""
-    what = "is B faster than A: two records, or two commits or branches, which are measured now, in turns"
-    parser = commands.add_parser("compare", help=what, description=what)
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments to its parser."""
     parser.add_argument("a", metavar="A", help="a record (its id or path), or a commit or branch")
     parser.add_argument("b", metavar="B", help="the same kind")
     parser.add_argument("--figure", choices=FIGURES, help="what the verdict is about (decode_tok_per_s)")

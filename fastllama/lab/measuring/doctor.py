@@ -35,9 +35,8 @@ _CEILING_BYTES = 512 * 2**20
 _LONG_S = 0.05  # how long the largest product takes that the matrix rate is measured with
 
 
-def arguments(commands) -> None:
-    """The parser of the command."""
-    parser = commands.add_parser("doctor", help="what this machine can do, and what to install to be faster")
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments to its parser."""
     parser.add_argument("--json", action="store_true", help="as one JSON object")
     parser.add_argument("--strict", action="store_true", help="exit code 1 if something here makes decoding slower")
     parser.add_argument("--device", default=None, help="cpu, cuda, ... (what run_llama.py takes by itself)")

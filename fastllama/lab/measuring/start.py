@@ -61,7 +61,7 @@ def start(name: str, task: list, folder: Path) -> dict:
     """
     search = os.pathsep.join(filter(None, [_PACKAGE_PARENT, os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, **cache_environment(folder), "PYTHONPATH": search}
-    # As where a package is installed: the modules' bytecode is there from an earlier process.
+    # As where the package is installed: a process finds the bytecode that the one before it left.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     command = [sys.executable, "-c", _PROGRAMS[name], json.dumps(task)]
     with tempfile.TemporaryFile() as noise:

@@ -1,5 +1,6 @@
 """python -m fastllama.lab memory-table: peaks of memory by context length, predicted beside measured."""
 
+import argparse
 from pathlib import Path
 
 from fastllama.lab.memory import peak_only
@@ -70,10 +71,8 @@ def words(entries: list[dict]) -> str:
     )
 
 
-def arguments(commands) -> None:
-    """Add the command to argparse's subparsers."""
-    what = "peaks of memory by context length, predicted beside measured, from files of --memory-only points"
-    parser = commands.add_parser("memory-table", help=what, description=what)
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments to its parser."""
     parser.add_argument(
         "files", type=Path, nargs="+", metavar="FILE", help="what run_llama.py --memory-only --json wrote"
     )

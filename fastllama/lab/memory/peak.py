@@ -206,8 +206,8 @@ def _static(point: Point, config: LlamaConfig) -> tuple[int, int]:
     if config.num_attention_heads != config.num_key_value_heads:  # for each query head, a layer at a time
         repeated = work.batch_size * positions * queries * itemsize
     attending = mask + _kept(mask * itemsize, point) + 2 * _kept(repeated, point)
-    # While the mask is made there are two more of truths.
-    return position * work.batch_size * positions, held + max(mask * (2 + itemsize), attending)
+    # While the mask is made there are three of truths, which is no more.
+    return position * work.batch_size * positions, held + attending
 
 
 def _kept(nbytes: int, point: Point) -> int:

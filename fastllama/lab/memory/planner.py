@@ -181,10 +181,8 @@ def table(asked: Asked, made: list[Combination], refused: list[str], bytes_per_s
     return Group(shown, *map(Text, notes))
 
 
-def arguments(commands) -> None:
-    """Add the command to argparse's subparsers."""
-    what = "which weights and caches fit into so much memory, about how fast, and how good where that was measured"
-    parser = commands.add_parser("plan", help=what, description=what)
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments to its parser."""
     parser.add_argument(
         "--model", default="demo", help="demo, random:NAME, inflated:NAME, a folder or a hub name (demo)"
     )

@@ -26,12 +26,8 @@ WIDTH = 110  # of what is printed to a file
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def arguments(commands) -> None:
-    """Add the command to argparse's subparsers."""
-    what = (
-        "a table of llama.cpp's options over prompt files: each text, its timings, and what differs from the default's"
-    )
-    parser = commands.add_parser("options", help=what, description=what)
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments to its parser."""
     parser.add_argument("--model", default="demo", help="demo, a checkpoint's folder or hub name (demo)")
     parser.add_argument("--draft", help="the model that drafts for -ps (the demo's, for the demo)")
     parser.add_argument("--dtype", default="fp32", help="fp32, bf16 or fp16 (fp32)")

@@ -1,5 +1,6 @@
 """One HTML page with what was measured: for people who would rather look than read."""
 
+import argparse
 from html import escape
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from fastllama.lab.pictures import curve, history, plot_sweep
 from fastllama.lab.points import figures, option, points_file
 from fastllama.lab.quality import score
 from fastllama.lab.records import changes, words
+from fastllama.lab.records.record import read_all
 from fastllama.lab.records.sources import ROOT
 from fastllama.lab.suite import suite_file
 
@@ -177,16 +179,15 @@ def render(records: list[dict], root: Path = ROOT) -> str:
     return page("fastllama: measurements", sections, last)
 
 
-def arguments(commands) -> None:
-    """Add the subcommand."""
-    parser = commands.add_parser("report", help="write the log, tables and plots as one HTML page")
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments to its parser."""
     parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="default: report.html")
 
 
-def run(arguments, records: list[dict]) -> int:
+def run(arguments) -> int:
     """Write the page; the exit code."""
     if not arguments.output.resolve().parent.is_dir():
         raise ValueError(f"{arguments.output}: there is no folder {arguments.output.parent}")
-    words.write_atomically(arguments.output, render(records, arguments.root))
+    words.write_atomically(arguments.output, render(read_all(arguments.root), arguments.root))
     print(arguments.output)
     return 0

@@ -3,6 +3,7 @@
 They read in black and white: series differ in marker and line, and what is vanilla is hollow or hatched.
 """
 
+import argparse
 from pathlib import Path
 
 from fastllama.lab.pictures import curve, history, plot_assisted, plot_memory, plot_rows, plot_sweep
@@ -12,9 +13,8 @@ from fastllama.lab.suite import suite_file
 from fastllama.lab.tasks import file as task_file
 
 
-def arguments(commands) -> None:
-    """Add the subcommand and its kinds."""
-    parser = commands.add_parser("plot", help="draw the log, a sweep, its memory or the ceiling")
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments to its parser."""
     kinds = parser.add_subparsers(dest="kind", required=True)
     rows = kinds.add_parser("rows", help="decode tok/s of each row of one group, beside vanilla")
     rows.add_argument("--group", help="part of the group's machine or workload (default: the newest record's group)")

@@ -113,10 +113,8 @@ def table(point: Point, system_tokens: int, served: list[Served], path: str) -> 
     return Group(shown, *map(Text, notes))
 
 
-def arguments(commands) -> None:
-    """Add the command to argparse's subparsers."""
-    what = "requests behind one system prompt, several at a time: a finished request's place is taken by the next"
-    parser = commands.add_parser("parallel", help=what, description=what)
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments to its parser."""
     parser.add_argument("--model", default="demo", help="demo, inflated:NAME, a checkpoint's folder or hub name (demo)")
     parser.add_argument("--dtype", default="auto", help="auto, fp32, bf16 or fp16 (auto)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (auto)")

@@ -90,10 +90,8 @@ def score(ours, vanilla, ids: list[int], every: int) -> ContextScore:
     return ContextScore(summarise(parts), sum(errors) / len(errors), shifts)
 
 
-def arguments(commands) -> None:
-    """Add the command to argparse's subparsers."""
-    what = "score a shifted context against computing what is left in it anew, and the turning of keys by itself"
-    parser = commands.add_parser("context", help=what, description=what)
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments to its parser."""
     parser.add_argument("--model", default="demo", help="demo, inflated:NAME, a checkpoint's folder or hub name (demo)")
     parser.add_argument("--dtype", default="fp32", help="fp32, bf16 or fp16 (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (auto)")

@@ -104,10 +104,8 @@ def subjects(given: dict[str, list[str]], single: list[str]) -> list[Subject]:
     return [Subject(values) for values in made]
 
 
-def arguments(commands) -> None:
-    """Add the command to argparse's subparsers."""
-    what = "score what a low precision costs: perplexity, KL divergence and agreement with vanilla transformers"
-    parser = commands.add_parser("eval", help=what, description=what)
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments to its parser."""
     parser.add_argument("--model", default="demo", help="demo, inflated:NAME, a checkpoint's folder or hub name (demo)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (auto)")
     parser.add_argument(

@@ -57,9 +57,8 @@ def read(path: Path) -> list[dict]:
     return [record.read(path)] if path.suffix == ".json" else points_file.read(path)
 
 
-def arguments(commands) -> None:
-    """Add `export` to the commands of python -m fastllama.lab."""
-    parser = commands.add_parser("export", help="points or records as md, csv, json, jsonl or sqlite")
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments to its parser."""
     parser.add_argument("file", type=Path, nargs="*", help="what run_llama.py --json wrote (default: every record)")
     parser.add_argument("--format", choices=formats.NAMES, required=True)
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: the terminal")

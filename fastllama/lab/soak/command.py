@@ -27,10 +27,8 @@ from fastllama.lab.soak import run as soaking
 GENERATIONS, BOUND_MB, BOUND_OBJECTS = 10_000, 8.0, 2_000
 
 
-def arguments(commands) -> None:
-    """Add the command to argparse's subparsers."""
-    what = "many short generations of every kind: memory must stay flat and every text the same"
-    parser = commands.add_parser("soak", help=what, description=what)
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's arguments to its parser."""
     parser.add_argument("--model", default="demo", help="demo, inflated:NAME, a checkpoint's folder or hub name (demo)")
     parser.add_argument("--draft", default="demo-draft", help="a model with the same tokenizer, or none (%(default)s)")
     parser.add_argument("--dtype", default="fp32", help="fp32, bf16 or fp16 (%(default)s)")

@@ -5,8 +5,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
+
+from fastllama.kernels.linear import can_pack
 from fastllama.lab.measuring.parity import HALF_DTYPES, VERDICTS, worst
-from fastllama.lab.points.point import Point
+from fastllama.lab.points.point import DTYPES, Point
 from fastllama.lab.points.workload import Workload
 
 NOT_COMPARED = "not compared"
@@ -49,7 +52,9 @@ class Case:
 
     @property
     def switches(self) -> dict[str, str]:
-        """How ours is reserved."""
+        """How ours is reserved. Packed products only where torch packs the dtype: elsewhere the native step."""
+        if self.products == "packed" and not can_pack(torch.empty(4, 4, dtype=DTYPES[self.dtype])):
+            return {"compile": "native"}
         return {"compile": self.compile} | ({} if self.products == "auto" else {"products": self.products})
 
     def point(self, device: str, cls: type[Point] = Point, preallocate: bool = True, **changes) -> Point:
