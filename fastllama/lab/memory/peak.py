@@ -28,11 +28,10 @@ _HEAP = 2
 # Where a whole prompt passes at once, what it keeps differs from run to run, a fifth as much again to all of it (64
 # rows of 400 tokens of the demo: 0.81 to 1.14 GB): the middle is predicted.
 _WHOLE_HEAP = 1.6
-# From this size on glibc's heap never keeps a block: it is mapped, and given back (mallopt(3), M_MMAP_THRESHOLD).
-_MAPPED = 32 * 2**20
 _FIRST_USE = 50_000_000  # bytes of tokenizer, text, threads and what libraries import when they are first used
 _LOGITS = 3  # fp32 copies of one position's logits that choosing a token takes
-# Tokens of the demo's prompts by which the base is measured: of one, loading is the peak; of the other, the prompt.
+# Tokens of the demo's prompts by which the base is measured: of one, loading is the peak; of the other, the prompt,
+# which is the point's length up to this: with each chunk the heap keeps more of passing tensors.
 _SHORT, _LONG = 64, 8191
 _CHUNK = 512  # of the long one, where the point does not say
 _bases: dict[tuple[str, str], "Base"] = {}
@@ -96,16 +95,18 @@ def base_bytes() -> int:
 def measured_base(point: Point, name: str) -> Base:
     """A process that generates with next to no model: the demo's peaks, less what is predicted for the demo.
 
-    New processes measure it, once for each kind of contestant; 0 on an accelerator, where only tensors count.
+    New processes measure it, once for each kind of contestant and length of prompt; 0 on an accelerator, where only
+    tensors count.
     """
     if torch.device(point.device).type != "cpu":
         return Base(0, 0)
     kept = {field: value for field, value in point.switches.items() if field in ("compile", "products")}
     kept["prefill_chunk"] = point.prefill_chunk or _CHUNK
     demo = replace(point, model="demo", switches=kept, runs=1, warmup=0, cache_length=None, assistance=Assistance())
-    key = (replace(demo, workload=Workload(1, _SHORT, 1)).command(), name)
+    prompt = min(point.workload.prompt_length, _LONG)
+    short, long = (replace(demo, workload=Workload(1, tokens, 1)) for tokens in (_SHORT, prompt))
+    key = (long.command(), name)
     if key not in _bases:
-        short, long = (replace(demo, workload=Workload(1, tokens, 1)) for tokens in (_SHORT, _LONG))
         loading = int(memory.peaks(short, name).max_mem_mb * 1e6) - predict(short, name, base=0).weights
         running = int(memory.peaks(long, name).max_mem_mb * 1e6) - predict(long, name, base=0).nbytes
         _bases[key] = Base(loading, running)
@@ -205,14 +206,8 @@ def _static(point: Point, config: LlamaConfig) -> tuple[int, int]:
     repeated = 0
     if config.num_attention_heads != config.num_key_value_heads:  # for each query head, a layer at a time
         repeated = work.batch_size * positions * queries * itemsize
-    attending = mask + _kept(mask * itemsize, point) + 2 * _kept(repeated, point)
-    # While the mask is made there are three of truths, which is no more.
-    return position * work.batch_size * positions, held + attending
-
-
-def _kept(nbytes: int, point: Point) -> int:
-    """What a tensor that comes and goes takes: a heap keeps the place of a small one beside the next."""
-    return nbytes * _HEAP if point.device == "cpu" and nbytes < _MAPPED else nbytes
+    # While the mask is made there are three of truths, which is no more than this.
+    return position * work.batch_size * positions, held + mask * (1 + itemsize) + 2 * repeated
 
 
 def fit(point: Point, only_memory: bool = False) -> Fit:
