@@ -26,7 +26,7 @@ def measured(monkeypatch):
         return memory.Peaks(500.0, 600.0, 1.0, 2.0)
 
     monkeypatch.setattr(memory, "peaks", peaks)
-    monkeypatch.setattr(peak, "_bases", {})
+    monkeypatch.setattr(peak, "_demo_peaks", {})
     monkeypatch.setattr(peak_only, "_rehearsed", set())
     return asked
 
@@ -60,6 +60,12 @@ def test_vanillas_static_cache_needs_no_rehearsal(measured, tmp_path):
     assert run(*ARGV, "--static-cache", "--cache-length", "90", "--memory-only", "--json", file) == 0
     assert measured == [("demo", "static", positions) for positions in (65, 13, 90)]
     assert read(file)[0]["subject"] == "static"
+
+
+def test_a_base_is_measured_with_the_points_own_prompt_and_loading_once(measured):
+    for tokens in (12, 20, 12, 64, 9000):
+        peak.measured_base(Point("demo", "fp32", "cpu", Workload(1, tokens, 1), True), "ours")
+    assert [positions for _, _, positions in measured] == [65, 13, 21, 8192]
 
 
 def test_it_does_not_go_with_times(capsys):

@@ -34,7 +34,7 @@ _LOGITS = 3  # fp32 copies of one position's logits that choosing a token takes
 # which is the point's length up to this: with each chunk the heap keeps more of passing tensors.
 _SHORT, _LONG = 64, 8191
 _CHUNK = 512  # of the long one, where the point does not say
-_bases: dict[tuple[str, str], "Base"] = {}
+_demo_peaks: dict[tuple[str, str], int] = {}  # bytes, by command and contestant
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,15 @@ def measured_base(point: Point, name: str) -> Base:
     demo = replace(point, model="demo", switches=kept, runs=1, warmup=0, cache_length=None, assistance=Assistance())
     prompt = min(point.workload.prompt_length, _LONG)
     short, long = (replace(demo, workload=Workload(1, tokens, 1)) for tokens in (_SHORT, prompt))
-    key = (long.command(), name)
-    if key not in _bases:
-        loading = int(memory.peaks(short, name).max_mem_mb * 1e6) - predict(short, name, base=0).weights
-        running = int(memory.peaks(long, name).max_mem_mb * 1e6) - predict(long, name, base=0).nbytes
-        _bases[key] = Base(loading, running)
-    return _bases[key]
+    loading = _demo_bytes(short, name) - predict(short, name, base=0).weights
+    return Base(loading, _demo_bytes(long, name) - predict(long, name, base=0).nbytes)
+
+
+def _demo_bytes(demo: Point, name: str) -> int:
+    key = (demo.command(), name)
+    if key not in _demo_peaks:
+        _demo_peaks[key] = int(memory.peaks(demo, name).max_mem_mb * 1e6)
+    return _demo_peaks[key]
 
 
 @cache
