@@ -7,6 +7,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from fastllama.decode import reserved
 from fastllama.kernels import native
 from fastllama.kernels.linear import can_pack
 from fastllama.lab.measuring import ceiling, checkpoint
@@ -18,6 +19,7 @@ from fastllama.lab.tracing.breakdown_words import Measured, decode_words, prefil
 from fastllama.lab.tracing.marks import PREFIX, marked
 from fastllama.lab.tracing.parts import PRODUCTS, Shape, shape_of
 from fastllama.model import forward
+from fastllama.model.compiled import graphs
 from tests import tiny
 
 NEW = 4
@@ -283,14 +285,18 @@ def test_a_short_prompt_in_native_steps_is_one_row_too():
     assert "native step" in decode.rows
 
 
-def test_a_compiled_step_is_neither_marked_inside_nor_compiled_again():
-    from torch._dynamo.utils import counters
-
-    one = contestant("ours", compile="static", products="stock")
-    graphs = counters["stats"]["unique_graphs"]
+@pytest.mark.parametrize("whole", [False, True], ids=["by layer", "whole"])
+def test_a_compiled_step_is_neither_marked_inside_nor_compiled_again(whole, monkeypatch):
+    if native.load() is not None:
+        pytest.skip(native.load())
+    if whole:
+        monkeypatch.setattr(reserved, "layer_obstacle", lambda weights, cache: "the test says so")
+    one = contestant("ours", compile="static", products="native")
+    compiled = graphs()
     _, first, decode, _ = traced(one, prompt_of("three"))
-    assert counters["stats"]["unique_graphs"] == graphs
+    assert graphs() == compiled
     assert decode.told_apart and decode.rows["compiled"].us > 0
+    assert decode.rows["compiled"].calls / decode.steps == (1 if whole else 2)
     assert {part: decode.rows[part].calls / decode.steps for part in PRODUCTS} == {
         "qkv": 2, "o": 2, "gate_up": 2, "down": 2, "head": 1
     }  # fmt: skip
@@ -299,6 +305,13 @@ def test_a_compiled_step_is_neither_marked_inside_nor_compiled_again():
     assert "activation" in first.rows and "activation" not in decode.rows
     one.model.free()
     torch._dynamo.reset()
+
+
+def test_products_that_leave_no_event_in_a_compiled_layer_are_not_told_apart():
+    one = contestant("ours", compile="static", products="stock")
+    _, _, decode, _ = traced(one, prompt_of("three"))
+    assert not decode.told_apart and "qkv" not in decode.rows and decode.rows["head"].calls == decode.steps
+    one.model.free()
 
 
 @pytest.mark.parametrize("name", ["ours", "vanilla"])

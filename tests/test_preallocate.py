@@ -6,12 +6,11 @@ import sys
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
 
 import fastllama
 from fastllama.cache.budget import CacheShape
 from fastllama.cache.float_cache import FloatCache, mask_for, write_tokens
-from fastllama.model.compiled import Buckets
+from fastllama.model.compiled import Buckets, graphs
 from tests.tiny import GREEDY, SAMPLED, generate, pair, prompt
 
 
@@ -20,7 +19,7 @@ from tests.tiny import GREEDY, SAMPLED, generate, pair, prompt
 def test_no_recompilation_and_no_reallocation_in_20_calls(compile, rope):
     vanilla, ours = pair(rope=rope)
     ours.preallocate(3, 96, compile=compile, bucket=16)  # six buckets, of which three are rehearsed
-    graphs, reallocations = counters["stats"]["unique_graphs"], ours._engine.reallocations
+    compiled, reallocations = graphs(), ours._engine.reallocations
     cache = ours._engine.cache
     addresses = [tensor.data_ptr() for tensor in (*cache.keys, *cache.values, cache.mask_B11S)]
     stance = "fail_on_recompile" if compile == "static" else "default"
@@ -32,7 +31,7 @@ def test_no_recompilation_and_no_reallocation_in_20_calls(compile, rope):
             found = generate(ours, inputs, max_new_tokens=min(new, 96 - length), **decoding)
             expected = generate(vanilla, inputs, max_new_tokens=min(new, 96 - length), **decoding)
             assert torch.equal(found, expected)
-    assert counters["stats"]["unique_graphs"] == graphs
+    assert graphs() == compiled
     assert ours._engine.reallocations == reallocations
     cache = ours._engine.cache
     assert addresses == [tensor.data_ptr() for tensor in (*cache.keys, *cache.values, cache.mask_B11S)]
@@ -187,7 +186,7 @@ def test_an_overflow_does_not_reach_the_next_call(poison):
 def test_a_step_takes_ids_of_any_layout_without_compiling_again():
     _, ours = pair()
     ours.preallocate(1, 64, compile="static")
-    graphs = counters["stats"]["unique_graphs"]
+    compiled = graphs()
     ids = prompt("one")["input_ids"]
     ours.prefill(ids)
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -198,7 +197,7 @@ def test_a_step_takes_ids_of_any_layout_without_compiling_again():
         with torch.inference_mode():
             ours.step(torch.tensor([[5]]))
         ours.step(torch.tensor([[5, 6, 7]]))
-    assert counters["stats"]["unique_graphs"] == graphs
+    assert graphs() == compiled
 
 
 def test_a_cast_model_asks_for_a_new_reservation():
@@ -257,7 +256,7 @@ class TestCache:
         assert (cache.mask_B11S == 0).sum(-1).flatten().tolist() == [3, 1, 0]
 
     def test_buckets_cover_what_is_used(self):
-        buckets = Buckets(torch.arange(108), 100, 32)
+        buckets = Buckets(torch.arange(108), 100, 32, marked=True)
         assert buckets.lengths() == [32, 64, 96, 100]
         assert [len(buckets.covering(used)) for used in (1, 32, 33, 64, 96, 97, 100)] == [32, 32, 64, 64, 96, 100, 100]
-        assert Buckets(torch.arange(28), 20, 32).lengths() == [20]
+        assert Buckets(torch.arange(28), 20, 32, marked=True).lengths() == [20]

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -17,6 +16,7 @@ from fastllama.kernels.blocks import FORMATS
 from fastllama.kernels.stored import expand, part_sizes, quantise
 from fastllama.lab.measuring import ceiling, checkpoint
 from fastllama.lab.tracing.parts import Shape
+from fastllama.model.compiled import graphs
 from tests.pairwise import pairwise
 from tests.test_measure import write_tiny
 from tests.tiny import GREEDY, SAMPLED, VOCAB, generate, pair, prompt
@@ -164,11 +164,11 @@ def test_compiled_steps_give_the_same_tokens_without_recompiling(cache_k, cache_
     ours.preallocate(rows, 96, bucket=32, cache_k=cache_k, cache_v=cache_v)
     expected = run()
     ours.preallocate(rows, 96, bucket=32, cache_k=cache_k, cache_v=cache_v, compile="static")
-    graphs, reallocations = counters["stats"]["unique_graphs"], ours._engine.reallocations
+    compiled, reallocations = graphs(), ours._engine.reallocations
     addresses = [storage.data_ptr() for storage in ours._engine.cache.storages]
     with torch.compiler.set_stance("fail_on_recompile"):
         found = run()
-    assert counters["stats"]["unique_graphs"] == graphs and ours._engine.reallocations == reallocations
+    assert graphs() == compiled and ours._engine.reallocations == reallocations
     assert addresses == [storage.data_ptr() for storage in ours._engine.cache.storages]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert "static compile" in ours.path and f"cache {cache_k}/{cache_v or 'f32'}" in ours.path

@@ -15,27 +15,39 @@ from fastllama.kernels.stored import expand, part_sizes
 from fastllama.kernels.stored_attention import attend_stored, native_obstacle, store
 
 
+class Parts(NamedTuple):
+    """A layer's keys, or its values: the parts [B, K, S, n] of `format` (`kernels.stored`)."""
+
+    format: str
+    parts: tuple[torch.Tensor, ...]
+    native: bool  # whether C++ reads and writes it
+
+    def write(self, new_BQKD: torch.Tensor, index_BQ: torch.Tensor) -> None:
+        """Stores each row's new tokens at that row's own positions."""
+        store(new_BQKD, self.parts, self.format, index_BQ, self.native)
+
+    def floats(self, rows: int, used: int, dtype: torch.dtype) -> torch.Tensor:
+        """What the first `used` positions of the first rows stand for [rows, K, used, D]."""
+        return expand([part[:rows, :, :used] for part in self.parts], self.format, dtype)
+
+
 class Side(NamedTuple):
-    """Keys, or values: for each layer the parts [B, K, S, n] of `format` (`kernels.stored`)."""
+    """Keys, or values, of every layer."""
 
     format: str
     layers: list[tuple[torch.Tensor, ...]]
-    native: bool  # whether C++ reads and writes it
+    native: bool
 
-    def write(self, layer: int, new_BQKD: torch.Tensor, index_BQ: torch.Tensor) -> None:
-        """Stores each row's new tokens at that row's own positions."""
-        store(new_BQKD, self.layers[layer], self.format, index_BQ, self.native)
-
-    def floats(self, layer: int, rows: int, used: int, dtype: torch.dtype) -> torch.Tensor:
-        """What the first `used` positions of the first rows stand for [rows, K, used, D]."""
-        return expand([part[:rows, :, :used] for part in self.layers[layer]], self.format, dtype)
+    def layer(self, index: int) -> Parts:
+        """Those of one layer."""
+        return Parts(self.format, self.layers[index], self.native)
 
 
 def attend(
-    keys: Side, values: Side, layer: int, query_BQND: torch.Tensor, seen_BQ: torch.Tensor, used: int, scale: float
+    keys: Parts, values: Parts, query_BQND: torch.Tensor, seen_BQ: torch.Tensor, used: int, scale: float
 ) -> torch.Tensor:
     """Attention of new tokens, already stored, to the first `seen_BQ` of `used` positions. Returns [B, Q, N D]."""
-    parts = (keys.layers[layer], keys.format, values.layers[layer], values.format)
+    parts = (keys.parts, keys.format, values.parts, values.format)
     return attend_stored(query_BQND, *parts, seen_BQ, used, scale, keys.native)
 
 
@@ -91,18 +103,18 @@ class SmallCache:
         """Stores a prompt's (or chunk's) tokens at positions past .. past + Q - 1 of the first B rows."""
         batch, tokens = key_BQKD.shape[:2]
         index_BQ = self.positions[past : past + tokens].repeat(batch, 1)
-        self.keys.write(layer, key_BQKD, index_BQ)
-        self.values.write(layer, value_BQKD, index_BQ)
+        self.keys.layer(layer).write(key_BQKD, index_BQ)
+        self.values.layer(layer).write(value_BQKD, index_BQ)
 
     def attend_prompt(self, layer: int, query_BQND: torch.Tensor, past: int, scale: float) -> torch.Tensor:
         """Causal attention of a prompt's (or chunk's) tokens that were written at `past`. Returns [B, Q, N D]."""
         batch, tokens = query_BQND.shape[:2]
         seen_BQ = self.positions[past : past + tokens].add(1).repeat(batch, 1)
-        return attend(self.keys, self.values, layer, query_BQND, seen_BQ, past + tokens, scale)
+        return attend(self.keys.layer(layer), self.values.layer(layer), query_BQND, seen_BQ, past + tokens, scale)
 
     def floats(self, layer: int, rows: int, used: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [rows, K, used, D] of a layer, in the model's dtype."""
-        keys, values = (side.floats(layer, rows, used, self.shape.dtype) for side in (self.keys, self.values))
+        keys, values = (side.layer(layer).floats(rows, used, self.shape.dtype) for side in (self.keys, self.values))
         return keys, values
 
     def grown(self, shape: CacheShape) -> "SmallCache":

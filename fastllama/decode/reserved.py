@@ -19,7 +19,7 @@ from fastllama.kernels.linear import NATIVE_ROWS
 from fastllama.model.capture import CapturedStep
 from fastllama.model.compiled import Buckets, compiled_step
 from fastllama.model.config import FastConfig
-from fastllama.model.forward import step
+from fastllama.model.layered_step import LayeredStep, layer_obstacle
 from fastllama.model.native_step import NativeStep, obstacle
 from fastllama.model.rotary import RotaryTable
 from fastllama.model.small_linear import small_tensors
@@ -50,6 +50,7 @@ class Reserved:
         self._step: Callable[..., torch.Tensor] | None = None
         self._native: NativeStep | None = None
         self._native_obstacle: str | None = None
+        self._layer_obstacle: str | None = None  # why a static step is compiled whole
         self._addresses: tuple[int, ...] | None = None  # of the weights that captured graphs read
         self._buckets: Buckets | None = None
 
@@ -71,8 +72,6 @@ class Reserved:
         self._attach(model)
 
     def _attach(self, model: nn.Module) -> None:
-        shape = self.cache.shape
-        self._buckets = Buckets(self.cache.positions, shape.cache_length, self.config.bucket)
         self._make_rotary(model)
         self._make_step(model)
         self.reallocations += 1
@@ -82,18 +81,19 @@ class Reserved:
         self.rotary = RotaryTable(model.model.rotary_emb, shape.reserved_length, shape.dtype, model_device(model))
 
     def _make_step(self, model: nn.Module) -> None:
-        self._native = None
-        if self.config.compile == "native":
-            self._native_obstacle = obstacle(model, self.cache.shape)
+        self._native = self._addresses = None
+        shape, mode = self.cache.shape, self.config.compile
+        if mode == "native":
+            self._native_obstacle = obstacle(model, shape)
             if self._native_obstacle is None:
                 offset_B = None if self.context is None else self.context.offset_B
                 self._native = NativeStep(self.weights, self.cache, self.rotary, offset_B)
-            self._step, self._addresses = step, None
-            return
+        self._layer_obstacle = layer_obstacle(self.weights, self.cache) if mode == "static" else None
+        by_layer = mode == "static" and self._layer_obstacle is None
         # What a module that is not a plain product does may change without its weights' addresses changing.
-        device = self.cache.shape.device
-        self._step = compiled_step(self.config.compile, device, capture=device.type == "cuda" and self.weights.plain)
-        self._addresses = None
+        self._step = compiled_step(mode, shape.device, shape.device.type == "cuda" and self.weights.plain, by_layer)
+        marked = mode not in ("no", "native") and not by_layer
+        self._buckets = Buckets(self.cache.positions, shape.cache_length, self.config.bucket, marked)
 
     def free(self) -> None:
         """Gives the cache, the tables and the compiled step back."""
@@ -129,8 +129,8 @@ class Reserved:
         if self.rotary is None or self.rotary.module is not model.model.rotary_emb:
             self._make_rotary(model)
             stale = stale or self.config.compile == "native"
-        native_or_changed = self.config.compile == "native" or self.weights.plain != plain
-        if stale and self._step is not None and native_or_changed:
+        bound = self.config.compile == "native" or isinstance(self._step, LayeredStep)
+        if stale and self._step is not None and (bound or self.weights.plain != plain):
             self._make_step(model)
 
     def _watch_addresses(self, model: nn.Module) -> None:
@@ -154,6 +154,8 @@ class Reserved:
         """Which path runs, for people. `whole_prompts`: they went through `prefill`."""
         kind = "preallocated" if self.explicit else "preallocated on first use"
         how, attention = f"{self.config.compile} compile", ", SDPA by kv group"
+        if self.config.compile == "static" and self.rotary.device.type == "cpu":
+            how += " by layer" if self._layer_obstacle is None else f" of the whole step ({self._layer_obstacle})"
         if self._native is not None:
             how, attention = "native step", ""
         elif self.config.compile == "native":

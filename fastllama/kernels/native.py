@@ -11,14 +11,12 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from fastllama.kernels.whole_file import whole
+from fastllama.kernels.whole_file import one_process, whole
 
 _SOURCES = sorted(Path(__file__).with_name("native_code").iterdir())
 # Sums may be taken in any order. Not -ffast-math: it would take infinities for numbers, and flush the smallest numbers
@@ -69,7 +67,7 @@ def load() -> str | None:
     library = folder / f"{name}.so"
     try:
         if not library.exists():
-            with _lock(folder):
+            with one_process(folder):
                 if not library.exists():  # another process may have built it meanwhile
                     _build(name, folder, library)
         torch.ops.load_library(str(library))
@@ -80,20 +78,6 @@ def load() -> str | None:
     _shapes.impl("linear_small", _small_shape, "Meta")
     sums_products_of = torch.ops.fastllama_native.sums_products_of()
     return None
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """One process at a time; the lock goes with the process that holds it."""
-    import fcntl  # which not every system has
-
-    folder.mkdir(parents=True, exist_ok=True)
-    held = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(held)
 
 
 def _rows_shape(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

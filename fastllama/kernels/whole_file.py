@@ -8,6 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+try:
+    import fcntl
+except ImportError:  # not on every system
+    fcntl = None  # type: ignore[assignment]
+
 
 @contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
@@ -27,6 +32,24 @@ def whole(path: str | Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink()
+
+
+@contextmanager
+def one_process(folder: Path) -> Iterator[None]:
+    """One process at a time, in a folder that is made; the lock goes with the process that holds it.
+
+    Where the system has no such locks, several at a time: what is written there is `whole` all the same.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
 
 
 def raise_named(fault: OSError, path: Path, *instead: Path) -> NoReturn:

@@ -1,5 +1,6 @@
-"""How the decode step is compiled: the only file that calls torch.compile."""
+"""How the decode step is compiled: the only file that calls torch.compile. A layer by itself: layer_package.py."""
 
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -8,8 +9,10 @@ import torch
 
 from fastllama.kernels import instruction_sets
 from fastllama.kernels.small_kinds import Run, SmallProduct
+from fastllama.model import layer_package
 from fastllama.model.capture import CapturedStep, captured
 from fastllama.model.forward import step
+from fastllama.model.layered_step import LayeredStep
 
 
 def _own_code(function: Callable) -> Callable:
@@ -28,12 +31,21 @@ def _compiled(function: Callable, mode: str, device: torch.device) -> Callable:
     return torch.compile(_own_code(function), dynamic=mode == "dynamic", fullgraph=True, options=options)
 
 
-def compiled_step(mode: str, device: torch.device, capture: bool) -> Callable:
-    """`model.forward.step` for a validated FastConfig.compile: as it is, or compiled whole (and captured on a GPU)."""
-    if mode == "no":
+def compiled_step(mode: str, device: torch.device, capture: bool, by_layer: bool) -> Callable:
+    """`model.forward.step` for a validated FastConfig.compile: as it is, compiled whole (and captured on a GPU), or
+    `by_layer`, ahead of time."""
+    if mode in ("no", "native"):
         return step
+    if by_layer:
+        return LayeredStep()
     compiled = _compiled(step, mode, device)
     return CapturedStep(compiled) if mode == "static" and capture else compiled
+
+
+def graphs() -> int:
+    """How many graphs this process has compiled, or loaded: the difference tells whether something else did."""
+    dynamo = sys.modules.get("torch._dynamo.utils")  # torch.compile, once it was used
+    return layer_package.loaded + (dynamo.counters["stats"]["unique_graphs"] if dynamo is not None else 0)
 
 
 def _each(products: list[SmallProduct], x: torch.Tensor) -> list[torch.Tensor]:
@@ -61,10 +73,13 @@ def run_for(mode: str, device: torch.device) -> Run:
 
 
 class Buckets:
-    """Views of the position index, one per bucket, whose length is the step's one dynamic dimension."""
+    """Views of the position index, one per bucket, whose length is the step's one dynamic dimension.
 
-    def __init__(self, positions: torch.Tensor, cache_length: int, bucket: int):
-        self.positions, self.cache_length, self.bucket = positions, cache_length, bucket
+    `marked`: said so to torch.compile, whose import takes a moment.
+    """
+
+    def __init__(self, positions: torch.Tensor, cache_length: int, bucket: int, marked: bool):
+        self.positions, self.cache_length, self.bucket, self.marked = positions, cache_length, bucket, marked
         self.views: dict[int, torch.Tensor] = {}
 
     def lengths(self) -> list[int]:
@@ -77,5 +92,6 @@ class Buckets:
         view = self.views.get(length)
         if view is None:
             view = self.views[length] = self.positions[:length]
-            torch._dynamo.mark_dynamic(view, 0)
+            if self.marked:
+                torch._dynamo.mark_dynamic(view, 0)
         return view

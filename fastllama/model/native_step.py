@@ -106,8 +106,8 @@ class NativeStep:
             rotary.cos_SD.contiguous(),
             rotary.sin_SD.contiguous(),
             offset_B,
-            [weights.num_heads, weights.num_kv_heads, weights.head_dim],
-            [weights.scale, *(norm.eps for norm in norms)],
+            list(weights.heads[:3]),
+            [weights.heads.scale, *(norm.eps for norm in norms)],
         )
 
     @staticmethod

@@ -83,6 +83,15 @@ class Block(NamedTuple):
     activation: nn.Module
 
 
+class Heads(NamedTuple):
+    """How a layer's queries, keys and values are cut into heads, and what scores are multiplied by."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+
+
 class Weights(NamedTuple):
     """Everything a forward pass reads, and the sizes it needs. `words` names what is fused and how it is multiplied."""
 
@@ -90,10 +99,7 @@ class Weights(NamedTuple):
     blocks: tuple[Block, ...]
     norm: Norm | nn.Module
     lm_head: Product | nn.Module
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    scale: float
+    heads: Heads
     prompt_attention: PromptAttention
     words: str
     plain: bool  # whether no module of an unknown kind takes part: then the weights' addresses say all about a step
@@ -254,17 +260,14 @@ def gather(model: nn.Module, fuse: str, choose: Choice, choose_attention: Attent
     attention = model.model.layers[0].self_attn
     opaque = gatherer.kinds["by module"] or isinstance(embed, nn.Module) or isinstance(norm, nn.Module)
     opaque = opaque or any(isinstance(x, nn.Module) for block in blocks for x in (block.input_norm, block.post_norm))
-    sizes = (*local_heads(model), attention.head_dim)
+    heads = Heads(*local_heads(model), attention.head_dim, attention.scaling)
     return Weights(
         embed=embed,
         blocks=tuple(blocks),
         norm=norm,
         lm_head=lm_head,
-        num_heads=sizes[0],
-        num_kv_heads=sizes[1],
-        head_dim=sizes[2],
-        scale=attention.scaling,
-        prompt_attention=choose_attention(*sizes),
+        heads=heads,
+        prompt_attention=choose_attention(*heads[:3]),
         words=gatherer.words(blocks),
         plain=not opaque,
     )

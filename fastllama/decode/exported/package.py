@@ -3,7 +3,6 @@
 Legend: B batch, Q query tokens.
 """
 
-import contextlib
 import json
 import warnings
 from pathlib import Path
@@ -15,6 +14,7 @@ from fastllama.cache.budget import CacheShape
 from fastllama.decode.binding import chooser
 from fastllama.decode.chunks import automatic_chunk
 from fastllama.decode.exported.program import StepProgram
+from fastllama.kernels import compiler
 from fastllama.kernels.whole_file import whole
 from fastllama.model.config import FastConfig
 from fastllama.model.released import Packing
@@ -81,21 +81,8 @@ def write(traced: torch.export.ExportedProgram, path: Path, said: dict[str, str]
 
     Source: torch._inductor.aoti_compile_and_package, https://docs.pytorch.org/docs/stable/torch.compiler_aot_inductor.html
     """
-    with whole(path) as partial, _compiler_named(), warnings.catch_warnings():
+    with whole(path) as partial, compiler.named("export"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)  # torch's own, about torch's own
         torch._inductor.aoti_compile_and_package(
             traced, package_path=str(partial), inductor_configs={"aot_inductor.metadata": said}
         )
-
-
-@contextlib.contextmanager
-def _compiler_named():
-    try:
-        yield
-    except Exception as failure:
-        fault: BaseException | None = failure
-        while fault is not None and type(fault).__name__ != "InvalidCxxCompiler":
-            fault = fault.__cause__ or fault.__context__
-        if fault is None:
-            raise
-        raise ValueError("export compiles C++, and no working compiler was found: install g++, or set CXX") from None

@@ -33,7 +33,7 @@ class Slots:
     def _attach(self) -> None:
         shape = self.engine.cache.shape
         self.cache, self.device = self.engine.cache, shape.device
-        self._buckets = Buckets(self.cache.positions, shape.cache_length, self.engine.config.bucket)
+        self._buckets = Buckets(self.cache.positions, shape.cache_length, self.engine.config.bucket, marked=False)
         self._parts: dict[tuple[int, int], FloatCache | SmallCache] = {}
         self._native: dict[int, NativeStep] = {}
         self._idle: dict[tuple[int, tuple[int, ...]], tuple[torch.Tensor, torch.Tensor]] = {}

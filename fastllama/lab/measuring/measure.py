@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
-from torch._dynamo.utils import counters
 
 from fastllama.lab.devices import ranks
 from fastllama.lab.measuring import assisted, checkpoint, contestant, drafting, parity
@@ -24,6 +23,7 @@ from fastllama.lab.quality import quality
 from fastllama.lab.records import digest
 from fastllama.lab.records.schema import SCHEMA
 from fastllama.lab.records.sources import source_sha256
+from fastllama.model.compiled import graphs as compiled_graphs
 
 _SAMPLE_CHARACTERS = 200
 
@@ -93,7 +93,7 @@ def _time(point: Point, contestants: list[Contestant], prompt: Prompt, ceiling: 
     for each in contestants:
         progress(f"warming up {each.name}")
         each.warm_up(prompt, new_tokens, point.warmup)
-    graphs = counters["stats"]["unique_graphs"]
+    graphs = compiled_graphs()
     for run in range(point.runs):
         progress(f"run {run + 1} of {point.runs}")
         order = contestants[::-1] if run % 2 == 0 else contestants
@@ -102,7 +102,7 @@ def _time(point: Point, contestants: list[Contestant], prompt: Prompt, ceiling: 
         for each in order:
             each.time_first(prompt)
         ceiling.measure()
-    return counters["stats"]["unique_graphs"] - graphs
+    return compiled_graphs() - graphs
 
 
 def release(point: Point, contestants: list[Contestant]) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 
 from torch.autograd import DeviceType
 
-from fastllama.lab.tracing.marks import PREFIX
+from fastllama.lab.tracing.marks import LAYER, PREFIX
 from fastllama.lab.tracing.parts import PARTS, PRODUCTS, Shape
 
 # Frames of compiled code: what they do themselves is theirs, and what they call is an operator.
 _REGION = "Torch-Compiled Region"
-_FRAMES = (_REGION, "## Call CompiledFxGraph", "CompiledFunction", "AOTDispatcher", "TorchDynamo", "Pregraph")
+_FRAMES = (_REGION, LAYER, "## Call CompiledFxGraph", "CompiledFunction", "AOTDispatcher", "TorchDynamo", "Pregraph")
 _GRAPH = "cudaGraphLaunch"
 _PRODUCT_OPERATORS = {
     *(f"aten::{name}" for name in ("linear", "addmm", "mm", "matmul", "addmv", "mv")),
@@ -67,6 +67,7 @@ class _Walk:
         self.rows = {part: Row() for part in PARTS}
         self.layers_us: dict[int, float] = defaultdict(float)
         self.told_apart = True
+        self.by_layer = False  # the head is then outside of what is compiled
 
     def add(self, part: str, costs: list[tuple[str, float]], layer: int | None = None) -> None:
         for name, us in costs:
@@ -110,7 +111,8 @@ class _Walk:
         if not self.on_device:
             inside = sum(child.time_range.elapsed_us() for child in children)
             own = [("fused kernels", frame.time_range.elapsed_us() - inside)]
-        self.rows["compiled"].calls += frame.name.startswith(_REGION)
+        self.rows["compiled"].calls += frame.name.startswith((_REGION, LAYER))
+        self.by_layer = self.by_layer or frame.name == LAYER
         self.add("compiled", own)
         for child in children:
             if child.name.startswith(_FRAMES):
@@ -121,7 +123,7 @@ class _Walk:
     def sort(self, operators: list) -> None:
         """Operators that compiled code calls. Products run in a known order, so each is known by its place."""
         products = [event for event in operators if event.name in _PRODUCT_OPERATORS]
-        sequence = self.shape.sequence
+        sequence = [part for part in self.shape.sequence if not (self.by_layer and part == "head")]
         self.told_apart = self.told_apart and len(products) == len(sequence)
         places = dict(zip(map(id, products), sequence, strict=True)) if len(products) == len(sequence) else {}
         for event in operators:

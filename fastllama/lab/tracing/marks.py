@@ -1,7 +1,8 @@
 """Marks: named ranges in a trace around the parts of a generation, set from outside and taken away afterwards.
 
 A mark is an event "part:NAME" or "part:NAME:LAYER". Compiled code is left as it is, since whatever it
-calls is part of what it was compiled for: a compiled step has a mark around the whole of it and none inside.
+calls is part of what it was compiled for: a compiled step has a mark around the whole of it and none inside. A compiled
+layer is an event `LAYER`, as torch has events for what it compiles itself.
 """
 
 import functools
@@ -16,14 +17,16 @@ from transformers.cache_utils import Cache
 from transformers.models.llama import modeling_llama
 
 from fastllama.cache.float_cache import FloatCache
-from fastllama.cache.small_cache import Side, SmallCache
+from fastllama.cache.small_cache import Parts, SmallCache
 from fastllama.decode.choice import Choice, GreedyChoice
 from fastllama.lab.measuring.contestant import Contestant, synchronize
-from fastllama.model import forward
+from fastllama.model import forward, layered_step
+from fastllama.model.layered_step import LayeredStep
 from fastllama.model.native_step import NativeStep
 from fastllama.model.weights import Block, Fused, Parallel, Weights
 
 PREFIX = "part:"
+LAYER = "compiled layer"
 # The private class costs a tenth of the public one, and what a mark costs is time that the trace shows.
 _mark = getattr(torch._C._profiler, "_RecordFunctionFast", torch.profiler.record_function)
 
@@ -102,7 +105,7 @@ class _Inside:
 
     def __init__(self, engine):
         places: dict[tuple[Any, str], str] = {(forward, function): name(part) for function, part in _FUNCTIONS.items()}
-        places[FloatCache, "write_prompt"] = places[Side, "write"] = name("cache write")
+        places[FloatCache, "write_prompt"] = places[Parts, "write"] = name("cache write")
         places[SmallCache, "attend_prompt"] = name("attention")
         self.plain: list[tuple[Any, str, Any]] = [(*place, getattr(*place)) for place in places]
         self.plain.append((engine.binding, "weights", engine.binding.weights))
@@ -135,7 +138,8 @@ def _ours(model: nn.Module, device: torch.device) -> Iterator[Callable[[], None]
         return forward_pass
 
     prefill = marked(engine.prefill, "prefill", nullcontext() if eager else inside)
-    step = marked(engine.step, "step", nullcontext())
+    by_layer = isinstance(engine._step, LayeredStep)  # its other parts are eager
+    step = marked(engine.step, "step", inside if by_layer else nullcontext())
     with ExitStack() as stack:
         stack.enter_context(patch.object(engine, "prefill", prefill))
         stack.enter_context(patch.object(engine, "step", step))
@@ -143,6 +147,7 @@ def _ours(model: nn.Module, device: torch.device) -> Iterator[Callable[[], None]
             stack.enter_context(patch.object(cls, "take", within(cls.take, name("sampling"))))
         native = within(NativeStep.__call__, name("native step"))
         stack.enter_context(patch.object(NativeStep, "__call__", native))
+        stack.enter_context(patch.object(layered_step, "run_layer", within(layered_step.run_layer, LAYER)))
         if eager:
             stack.enter_context(inside)
         yield lambda: None
