@@ -21,9 +21,9 @@ class FastConfig:
 
     compile: str = _switch(
         "no",
-        "compile the decode step: static is, on a CPU, a layer compiled ahead of time and kept on disk, for every layer, "
-        "cache length and later process; where that cannot be, the whole step with dynamic=False, fullgraph=True (on a "
-        "GPU with CUDA graphs); native is one C++ call a step, for CPUs, and traces nothing",
+        "compile the decode step: static is, on a CPU, a layer compiled ahead of time and kept on disk for every "
+        "layer, cache length and later process; where that cannot be, the whole step with dynamic=False, "
+        "fullgraph=True (on a GPU with CUDA graphs); native is one C++ call a step, for CPUs, and traces nothing",
         "no, static, dynamic, fullgraph (the same as static), native",
     )
     bucket: int = _switch(
