@@ -10,13 +10,23 @@ import torch
 import fastllama
 from fastllama.cache.budget import CacheShape
 from fastllama.cache.float_cache import FloatCache, mask_for, write_tokens
+from fastllama.decode import reserved
 from fastllama.model.compiled import Buckets, graphs
 from tests.tiny import GREEDY, SAMPLED, generate, pair, prompt
 
 
-@pytest.mark.parametrize("compile", ["no", "static"])
+@pytest.fixture
+def whole(monkeypatch):
+    """As where a layer cannot be compiled by itself."""
+    monkeypatch.setattr(reserved, "layer_obstacle", lambda weights, cache: "the test says so")
+
+
+@pytest.mark.parametrize("compile", ["no", "static", "whole"])
 @pytest.mark.parametrize("rope", ["default", "dynamic"])
-def test_no_recompilation_and_no_reallocation_in_20_calls(compile, rope):
+def test_no_recompilation_and_no_reallocation_in_20_calls(compile, rope, request):
+    if compile == "whole":
+        request.getfixturevalue("whole")
+        compile = "static"
     vanilla, ours = pair(rope=rope)
     ours.preallocate(3, 96, compile=compile, bucket=16)  # six buckets, of which three are rehearsed
     compiled, reallocations = graphs(), ours._engine.reallocations
@@ -37,6 +47,7 @@ def test_no_recompilation_and_no_reallocation_in_20_calls(compile, rope):
     assert addresses == [tensor.data_ptr() for tensor in (*cache.keys, *cache.values, cache.mask_B11S)]
 
 
+@pytest.mark.usefixtures("whole")
 @torch._dynamo.config.patch(recompile_limit=2)
 def test_many_models_do_not_share_a_recompile_limit():
     for seed in range(torch._dynamo.config.recompile_limit + 2):
@@ -183,7 +194,10 @@ def test_an_overflow_does_not_reach_the_next_call(poison):
     assert torch.equal(generate(ours, prompt("one", 8), max_new_tokens=10, **GREEDY), expected)
 
 
-def test_a_step_takes_ids_of_any_layout_without_compiling_again():
+@pytest.mark.parametrize("how", ["by layer", "of the whole step"])
+def test_a_step_takes_ids_of_any_layout_without_compiling_again(how, request):
+    if how != "by layer":
+        request.getfixturevalue("whole")
     _, ours = pair()
     ours.preallocate(1, 64, compile="static")
     compiled = graphs()
@@ -197,7 +211,7 @@ def test_a_step_takes_ids_of_any_layout_without_compiling_again():
         with torch.inference_mode():
             ours.step(torch.tensor([[5]]))
         ours.step(torch.tensor([[5, 6, 7]]))
-    assert graphs() == compiled
+    assert graphs() == compiled and how in ours.path
 
 
 def test_a_cast_model_asks_for_a_new_reservation():
