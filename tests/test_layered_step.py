@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers.activations import GELUActivation
 
 from fastllama.decode import reserved
 from fastllama.kernels import native
@@ -111,6 +112,8 @@ def test_what_changes_the_code_changes_the_name(layer, monkeypatch):
         (own._replace(block=own.block._replace(activation=nn.GELU())), shared),
         (own._replace(block=own.block._replace(activation=nn.LeakyReLU(0.1))), shared),
         (own._replace(block=own.block._replace(activation=nn.LeakyReLU(0.2))), shared),
+        (own._replace(block=own.block._replace(activation=GELUActivation())), shared),
+        (own._replace(block=own.block._replace(activation=GELUActivation(use_gelu_python=True))), shared),
         (own._replace(block=own.block._replace(input_norm=own.block.input_norm._replace(eps=0.1))), shared),
         (own._replace(keys=own.keys.bfloat16()), shared),
         (own, shared._replace(rows_B1=torch.arange(2)[:, None])),
@@ -133,10 +136,14 @@ def test_what_has_no_name_is_compiled_whole_and_said(layer):
     hooked.register_forward_hook(lambda module, given, out: 2 * out)
     patched = nn.SiLU()
     patched.forward = torch.tanh
+    strange = nn.SiLU()
+    strange.table = [1, 2]
     odd = [Odd(), hooked, patched, nn.PReLU()]
     for activation in odd:
         words = f"a {type(activation).__name__} takes part"
         assert layer_package.obstacle(own._replace(block=own.block._replace(activation=activation))) == words
+    with_list = own._replace(block=own.block._replace(activation=strange))
+    assert layer_package.obstacle(with_list) == "a list takes part"
     turned = own._replace(keys=own.keys.transpose(1, 2))
     assert layer_package.obstacle(turned) == "the cache has a layout of its own"
     assert layer_package.obstacle(own) is None

@@ -5,7 +5,9 @@ Legend: B batch, S cache positions, D head dim, E hidden size.
 
 import functools
 import hashlib
+import sys
 import tempfile
+import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +30,10 @@ _SOURCES = [path for name in ("cache", "kernels", "model") for path in Path(__fi
 _SIZES = {"read": 1024, "reserved": 2048}
 _MOST = 2**31
 
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
 Run = Callable[[list[torch.Tensor]], list[torch.Tensor]]
+Sized = list[tuple[Any, dict[int, str]]]  # leaves, with the names of the dimensions whose size differs by call
 loaded = 0  # packages, in this process
 
 
@@ -63,12 +68,9 @@ def _layer(own: Own, shared: Shared) -> torch.Tensor:
     return step_block(*own, rows_B1, positions_S, index_B1, mask_B11S, seen_B1, *others)
 
 
-def tensors_of(tree: Own | Shared) -> list[torch.Tensor]:
+def tensors_of(own: Own) -> list[torch.Tensor]:
     """In the order in which a package takes them."""
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-Sized = list[tuple[Any, dict[int, str]]]  # leaves, with the names of the dimensions whose size differs by call
+    return [leaf for leaf in pytree.tree_leaves(own) if isinstance(leaf, torch.Tensor)]
 
 
 def _own_sized(own: Own) -> Sized:
@@ -82,14 +84,18 @@ def _sized(own: Own, shared: Shared) -> Sized:
     return [*_own_sized(own), *((leaf, names.get(name, {})) for name, leaf in shared._asdict().items())]
 
 
-def _is_stateless(module: nn.Module) -> bool:
-    """Whether the module, an activation, is torch's or transformers' own and computes what its class does."""
+def _is_plain(module: nn.Module) -> bool:
+    """Whether an activation is torch's or transformers' own, has no tensors, and computes what its class does."""
     hooks = (module._forward_hooks, module._forward_pre_hooks)
     return (
         type(module).__module__.startswith(("torch.", "transformers."))
         and not any((*hooks, module._parameters, module._buffers, module._modules))
         and "forward" not in vars(module)
     )
+
+
+def _named(what: Any) -> str:
+    return f"{what.__module__}.{what.__qualname__}"
 
 
 def _described(leaf: Any, sizes: dict[int, str]) -> str:
@@ -103,9 +109,11 @@ def _described(leaf: Any, sizes: dict[int, str]) -> str:
         return f"{leaf.dtype} {list(leaf.shape)} {leaf.stride()}"
     if leaf is None or isinstance(leaf, (bool, int, float, str)):
         return repr(leaf)
-    if isinstance(leaf, nn.Module) and _is_stateless(leaf):
-        simple = {name: value for name, value in vars(leaf).items() if isinstance(value, (bool, int, float, str))}
-        return f"{type(leaf).__module__}.{type(leaf).__qualname__} {simple}"
+    if isinstance(leaf, nn.Module) and _is_plain(leaf):
+        own = {name: value for name, value in vars(leaf).items() if name not in _OF_EVERY_MODULE or name == "training"}
+        return f"{_named(type(leaf))} { {name: _described(value, {}) for name, value in own.items()} }"
+    if isinstance(leaf, (types.FunctionType, types.BuiltinFunctionType, types.MethodType)):  # transformers' GELUs
+        return _named(leaf)
     raise ValueError(f"a {type(leaf).__name__} takes part")
 
 
@@ -117,6 +125,8 @@ def _sources() -> str:
 
 def obstacle(own: Own) -> str | None:
     """Why there can be no package of such a layer; None where there can."""
+    if sys.platform != "linux":
+        return "a layer is compiled ahead of time on Linux alone"
     try:
         for leaf, sizes in _own_sized(own):
             _described(leaf, sizes)
@@ -148,12 +158,11 @@ class _Program(nn.Module):
     def __init__(self, own: Own, shared: Shared):
         super().__init__()
         leaves, self._structure = pytree.tree_flatten((own, shared))
-        self._constants = [(isinstance(leaf, torch.Tensor), leaf) for leaf in leaves]
-        self._constants = [(given, None if given else leaf) for given, leaf in self._constants]
+        self._constants = [None if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in leaves]
 
     def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
         rest = iter(tensors)
-        leaves = [next(rest) if given else leaf for given, leaf in self._constants]
+        leaves = [next(rest) if constant is None else constant[0] for constant in self._constants]
         return _layer(*pytree.tree_unflatten(leaves, self._structure))
 
 
@@ -175,7 +184,7 @@ def _compile(own: Own, shared: Shared, path: Path) -> None:
 
 def load(name: str, own: Own, shared: Shared) -> Run:
     """What runs the layer of that `name_of`, compiled now unless it is kept: takes a list of `tensors_of(own)` and
-    `tensors_of(shared)`, and returns one of hidden [B, 1, E].
+    of what `shared` has, and returns one of hidden [B, 1, E].
     """
     folder = native.cache_folder() / "layers" / native.machine() / name
     path = folder / "layer.pt2"

@@ -56,7 +56,7 @@ class LayeredStep:
             self._bind(_own(weights, keys, values), shared)
         if mask_B11S is not None:
             mask_for(mask_B11S, rows_B1, index_B1, positions_S)  # opens the newest positions
-        *given, hidden_B1E = tensors_of(shared)
+        *given, hidden_B1E = (tensor for tensor in shared if tensor is not None)
         for run, own in self._layers:
             hidden_B1E = run_layer(run, own, given, hidden_B1E)
         valid_past_index.add_(1)
