@@ -87,7 +87,7 @@ def test_a_compiled_step_is_told_what_is_known(monkeypatch, device, good):
     given = {}
     monkeypatch.setattr(instruction_sets, "are_good", lambda: good)
     monkeypatch.setattr(compiled.torch, "compile", lambda function, **how: given.update(how) or function)
-    compiled.compiled_step("dynamic", torch.device(device), capture=False)
+    compiled.compiled_step("dynamic", torch.device(device), capture=False, by_layer=False)
     assert given["options"] == ({"cpp.vec_isa_ok": True} if device == "cpu" and good else None)
     assert given["fullgraph"] and given["dynamic"] is True
 

@@ -116,7 +116,7 @@ def test_packing_and_unpacking(models, expected):
 
 
 def test_a_warm_up(models, expected, monkeypatch):
-    def compiled(mode, device, capture):
+    def compiled(mode, device, capture, by_layer):
         return lambda *how: step(*how)
 
     monkeypatch.setattr(reserved, "compiled_step", compiled)

@@ -211,7 +211,9 @@ def test_a_step_takes_ids_of_any_layout_without_compiling_again(how, request):
         with torch.inference_mode():
             ours.step(torch.tensor([[5]]))
         ours.step(torch.tensor([[5, 6, 7]]))
-    assert graphs() == compiled and how in ours.path
+    assert graphs() == compiled
+    generate(ours, prompt("one"), max_new_tokens=2, **GREEDY)
+    assert f"static compile {how}" in ours.path
 
 
 def test_a_cast_model_asks_for_a_new_reservation():
