@@ -3,9 +3,12 @@
 import copy
 import gc
 import os
+import shutil
 import subprocess
 import sys
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -210,6 +213,22 @@ def test_a_torn_package_is_made_anew(compiled):
     package.write_bytes(content[:1000])
     ours.preallocate(3, 30, compile="static", products="stock")
     assert exact(vanilla, ours) and len(asked) == 1 and package.read_bytes() == content
+
+
+def test_who_wants_what_another_compiles_waits_for_it(compiled, layer, monkeypatch):
+    package, asked = compiled
+    content = package.read_bytes()
+
+    def slowly(own, shared, path):
+        asked.append(path)
+        time.sleep(0.3)
+        path.write_bytes(content)
+
+    monkeypatch.setattr(layer_package, "_compile", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        assert len(set(pool.map(lambda _: layer_package.load("wanted by three", *layer), range(3)))) == 3
+    assert len(asked) == 1
+    shutil.rmtree(asked[0].parent)
 
 
 def test_where_nothing_can_be_kept_it_is_compiled_all_the_same(compiled, monkeypatch, tmp_path):
