@@ -51,6 +51,14 @@ def demo_tokenizer():
 
 
 @pytest.fixture
+def whole(monkeypatch):
+    """As where a layer cannot be compiled by itself."""
+    from fastllama.decode import reserved
+
+    monkeypatch.setattr(reserved, "layer_obstacle", lambda weights, cache: "the test says so")
+
+
+@pytest.fixture
 def light(monkeypatch):
     """No child processes, and a ceiling of a megabyte."""
     from fastllama.lab.measuring import ceiling, measure

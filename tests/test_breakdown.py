@@ -7,7 +7,6 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from fastllama.decode import reserved
 from fastllama.kernels import native
 from fastllama.kernels.linear import can_pack
 from fastllama.lab.measuring import ceiling, checkpoint
@@ -285,18 +284,18 @@ def test_a_short_prompt_in_native_steps_is_one_row_too():
     assert "native step" in decode.rows
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["by layer", "whole"])
-def test_a_compiled_step_is_neither_marked_inside_nor_compiled_again(whole, monkeypatch):
+@pytest.mark.parametrize("is_whole", [False, True], ids=["by layer", "whole"])
+def test_a_compiled_step_is_neither_marked_inside_nor_compiled_again(is_whole, request):
     if native.load() is not None:
         pytest.skip(native.load())
-    if whole:
-        monkeypatch.setattr(reserved, "layer_obstacle", lambda weights, cache: "the test says so")
+    if is_whole:
+        request.getfixturevalue("whole")
     one = contestant("ours", compile="static", products="native")
     compiled = graphs()
     _, first, decode, _ = traced(one, prompt_of("three"))
     assert graphs() == compiled
     assert decode.told_apart and decode.rows["compiled"].us > 0
-    assert decode.rows["compiled"].calls / decode.steps == (1 if whole else 2)
+    assert decode.rows["compiled"].calls / decode.steps == (1 if is_whole else 2)
     assert {part: decode.rows[part].calls / decode.steps for part in PRODUCTS} == {
         "qkv": 2, "o": 2, "gate_up": 2, "down": 2, "head": 1
     }  # fmt: skip

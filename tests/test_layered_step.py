@@ -18,7 +18,7 @@ from transformers.activations import GELUActivation
 
 from fastllama.decode import reserved
 from fastllama.kernels import native
-from fastllama.model import layer_package
+from fastllama.model import layer_package, layered_step
 from fastllama.model.layer_package import Own, Shared, name_of
 from fastllama.model.layered_step import LayeredStep
 from tests.tiny import GREEDY, SAMPLED, generate, pair, prompt
@@ -145,6 +145,11 @@ def test_what_has_no_name_is_compiled_whole_and_said(layer):
     for activation in odd:
         words = f"a {type(activation).__name__} takes part"
         assert layer_package.obstacle(own._replace(block=own.block._replace(activation=activation))) == words
+    for function in (lambda x: x, pair):
+        gelu = GELUActivation()
+        gelu.act = function
+        with_function = own._replace(block=own.block._replace(activation=gelu))
+        assert layer_package.obstacle(with_function) == "a function takes part"
     with_list = own._replace(block=own.block._replace(activation=strange))
     assert layer_package.obstacle(with_list) == "a list takes part"
     turned = own._replace(keys=own.keys.transpose(1, 2))
@@ -162,7 +167,27 @@ def test_a_layer_that_becomes_opaque_and_plain_again(kept):
     assert "static compile of the whole step (a Sequential takes part)" in ours.path
     for model in (vanilla, ours):
         model.model.layers[1].mlp.act_fn = model.model.layers[1].mlp.act_fn[0]
+    assert exact(vanilla, ours) and "by layer" in ours.path
+
+
+def test_an_interruption_while_it_is_bound_leaves_no_step_of_some_layers(kept, monkeypatch):
+    vanilla, ours = pair()
+    ours.preallocate(3, 26, compile="static", products="stock")
     assert exact(vanilla, ours)
+    calls = []
+
+    def interrupted(own, shared):
+        calls.append(own)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return name_of(own, shared)
+
+    ours.load_state_dict(copy.deepcopy(vanilla.state_dict()), assign=True)  # bound anew by the next call
+    with monkeypatch.context() as patch:
+        patch.setattr(layered_step, "name_of", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            generate(ours, prompt("padded"), max_new_tokens=NEW, **GREEDY)
+    assert len(calls) == 2 and exact(vanilla, ours) and "by layer" in ours.path
 
 
 def test_new_weights_are_read(kept):

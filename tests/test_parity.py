@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from fastllama import demo
-from fastllama.decode import reserved
 from fastllama.demo.text import held_out_text
 from fastllama.kernels import native
 from fastllama.kernels.linear import can_pack
@@ -112,12 +111,6 @@ def test_compiled_pairwise(case):
     check(case, "static", products)
 
 
-@pytest.fixture
-def whole(monkeypatch):
-    """As where a layer cannot be compiled by itself."""
-    monkeypatch.setattr(reserved, "layer_obstacle", lambda weights, cache: "the test says so")
-
-
 @pytest.mark.usefixtures("whole")
 @pytest.mark.parametrize(
     "case",
@@ -180,10 +173,12 @@ def test_fuse(fuse, compile):
     assert ("fused qkv" in ours.path) == (fuse == "qkv")
 
 
-@pytest.mark.parametrize("compile", ["dynamic", "fullgraph"])
-def test_other_ways_to_compile(compile):
-    # With every size a symbol torch takes half a minute for a layer.
-    vanilla, ours = pair(num_hidden_layers=1) if compile == "dynamic" else pair()
+# With every size a symbol torch takes half a minute for a layer.
+@pytest.mark.parametrize(
+    ("compile", "layers"), [("dynamic", 1), pytest.param("dynamic", 2, marks=pytest.mark.full), ("fullgraph", 2)]
+)
+def test_other_ways_to_compile(compile, layers):
+    vanilla, ours = pair(num_hidden_layers=layers)
     inputs = prompt("padded")
     ours.preallocate(3, 64, compile=compile)
     expected = generate(vanilla, inputs, max_new_tokens=NEW, **GREEDY)

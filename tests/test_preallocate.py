@@ -10,15 +10,8 @@ import torch
 import fastllama
 from fastllama.cache.budget import CacheShape
 from fastllama.cache.float_cache import FloatCache, mask_for, write_tokens
-from fastllama.decode import reserved
 from fastllama.model.compiled import Buckets, graphs
 from tests.tiny import GREEDY, SAMPLED, generate, pair, prompt
-
-
-@pytest.fixture
-def whole(monkeypatch):
-    """As where a layer cannot be compiled by itself."""
-    monkeypatch.setattr(reserved, "layer_obstacle", lambda weights, cache: "the test says so")
 
 
 @pytest.mark.parametrize("compile", ["no", "static", "whole"])

@@ -171,7 +171,7 @@ def test_compiled_steps_give_the_same_tokens_without_recompiling(cache_k, cache_
     assert graphs() == compiled and ours._engine.reallocations == reallocations
     assert addresses == [storage.data_ptr() for storage in ours._engine.cache.storages]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert "static compile" in ours.path and f"cache {cache_k}/{cache_v or 'f32'}" in ours.path
+    assert "static compile by layer" in ours.path and f"cache {cache_k}/{cache_v or 'f32'}" in ours.path
 
 
 @pytest.mark.full

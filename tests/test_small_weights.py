@@ -291,7 +291,7 @@ def test_generate_honours_what_fast_compiles(compile, folders):
     ours = fastllama.LlamaForCausalLM.from_pretrained(folders[False, False], fast=fast)
     expected = generate(small.specification(ours), prompt("padded"), max_new_tokens=NEW, **GREEDY)
     assert torch.equal(generate(ours, prompt("padded"), max_new_tokens=NEW, **GREEDY), expected)
-    assert ("native step" if compile == "native" else "static compile") in ours.path
+    assert ("native step" if compile == "native" else "static compile by layer") in ours.path
 
 
 # what is refused

@@ -80,6 +80,9 @@ class Reserved:
         shape = self.cache.shape
         self.rotary = RotaryTable(model.model.rotary_emb, shape.reserved_length, shape.dtype, model_device(model))
 
+    def _why_whole(self) -> str | None:
+        return layer_obstacle(self.weights, self.cache) if self.config.compile == "static" else None
+
     def _make_step(self, model: nn.Module) -> None:
         self._native = self._addresses = None
         shape, mode = self.cache.shape, self.config.compile
@@ -88,7 +91,7 @@ class Reserved:
             if self._native_obstacle is None:
                 offset_B = None if self.context is None else self.context.offset_B
                 self._native = NativeStep(self.weights, self.cache, self.rotary, offset_B)
-        self._layer_obstacle = layer_obstacle(self.weights, self.cache) if mode == "static" else None
+        self._layer_obstacle = self._why_whole()
         by_layer = mode == "static" and self._layer_obstacle is None
         # What a module that is not a plain product does may change without its weights' addresses changing.
         self._step = compiled_step(mode, shape.device, shape.device.type == "cuda" and self.weights.plain, by_layer)
@@ -129,9 +132,13 @@ class Reserved:
         if self.rotary is None or self.rotary.module is not model.model.rotary_emb:
             self._make_rotary(model)
             stale = stale or self.config.compile == "native"
-        bound = self.config.compile == "native" or isinstance(self._step, LayeredStep)
-        if stale and self._step is not None and (bound or self.weights.plain != plain):
+        if stale and self._step is not None and self._is_outdated(plain):
             self._make_step(model)
+
+    def _is_outdated(self, was_plain: bool | None) -> bool:
+        """Whether the step is not the one to make for weights that were read anew."""
+        bound = self.config.compile == "native" or isinstance(self._step, LayeredStep)
+        return bound or self.weights.plain != was_plain or self._why_whole() != self._layer_obstacle
 
     def _watch_addresses(self, model: nn.Module) -> None:
         """Drops captured graphs when any parameter has moved since they were captured."""

@@ -17,12 +17,16 @@ import torch
 import transformers
 from torch import nn
 from torch.utils import _pytree as pytree
+from transformers.utils import logging
 
 from fastllama.cache.small_cache import Parts
 from fastllama.kernels import compiler, instruction_sets, native
 from fastllama.kernels.whole_file import one_process, whole
 from fastllama.model.forward import step_block
+from fastllama.model.sources import does_as_its_class
 from fastllama.model.weights import Block, Heads
+
+logger = logging.get_logger("fastllama")
 
 # Whatever the trace may follow. A change of any of it asks for new packages.
 _SOURCES = [path for name in ("cache", "kernels", "model") for path in Path(__file__).parents[1].glob(f"{name}/*.py")]
@@ -86,12 +90,16 @@ def _sized(own: Own, shared: Shared) -> Sized:
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether an activation is torch's or transformers' own, has no tensors, and computes what its class does."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks)
     return (
-        type(module).__module__.startswith(("torch.", "transformers."))
-        and not any((*hooks, module._parameters, module._buffers, module._modules))
-        and "forward" not in vars(module)
+        _is_theirs(type(module))
+        and does_as_its_class(module)
+        and not any((module._parameters, module._buffers, module._modules))
     )
+
+
+def _is_theirs(what: Any) -> bool:
+    """Whether a class or function is one of torch's or transformers', whose name and version say what it does."""
+    return (what.__module__ or "").startswith(("torch.", "transformers.")) and "<" not in what.__qualname__
 
 
 def _named(what: Any) -> str:
@@ -112,7 +120,8 @@ def _described(leaf: Any, sizes: dict[int, str]) -> str:
     if isinstance(leaf, nn.Module) and _is_plain(leaf):
         own = {name: value for name, value in vars(leaf).items() if name not in _OF_EVERY_MODULE or name == "training"}
         return f"{_named(type(leaf))} { {name: _described(value, {}) for name, value in own.items()} }"
-    if isinstance(leaf, (types.FunctionType, types.BuiltinFunctionType, types.MethodType)):  # transformers' GELUs
+    functions = (types.FunctionType, types.BuiltinFunctionType, types.MethodType)  # transformers' GELUs hold one
+    if isinstance(leaf, functions) and _is_theirs(leaf):
         return _named(leaf)
     raise ValueError(f"a {type(leaf).__name__} takes part")
 
@@ -198,7 +207,8 @@ def load(name: str, own: Own, shared: Shared) -> Run:
             with whole(path) as unfinished:
                 _compile(own, shared, unfinished)
             return _loaded(path)
-    except OSError:  # nothing can be kept there
+    except OSError as fault:  # nothing can be kept there
+        logger.warning_once(f"fastllama: the compiled layer is not kept, so every process compiles it anew: {fault}")
         with tempfile.TemporaryDirectory() as place:
             path = Path(place) / "layer.pt2"
             _compile(own, shared, path)
@@ -207,7 +217,8 @@ def load(name: str, own: Own, shared: Shared) -> Run:
 
 def _loaded(path: Path) -> Run:
     global loaded
-    loaded += 1
     # A runner for each model, without locks: calls of one model wait for each other already, and two that shared one
     # would wait for each other and for Python's own lock in turns.
-    return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1).boxed_run
+    run = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1).boxed_run
+    loaded += 1
+    return run

@@ -41,11 +41,13 @@ class LayeredStep:
 
     def _bind(self, owns: list[Own], shared: Shared) -> None:
         runs: dict[str, Run] = {}
+        layers = []
         for own in owns:
             name = name_of(own, shared)
             if name not in runs:
                 runs[name] = load(name, own, shared)
-            self._layers.append((runs[name], [weakref.ref(tensor) for tensor in tensors_of(own)]))
+            layers.append((runs[name], [weakref.ref(tensor) for tensor in tensors_of(own)]))
+        self._layers = layers  # all or none: an interruption must leave no step of some layers
 
     def __call__(
         self, weights, keys, values, mask_B11S, valid_past_index, rows_B1, positions_S, ids_B1, index_B1, cos, sin

@@ -18,13 +18,16 @@ def all_modules(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+def does_as_its_class(module: nn.Module) -> bool:
+    """Whether nothing was hung on the module, or put in its forward's place."""
+    return not module._forward_hooks and not module._forward_pre_hooks and "forward" not in vars(module)
+
+
 def is_plain(module: nn.Module, cls: type[nn.Module] = nn.Linear) -> bool:
     """Whether the module computes what its class does from its weights, and nothing else."""
     return (
         type(module) is cls
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and "forward" not in vars(module)
+        and does_as_its_class(module)
         and (is_released(module) or module.weight.device.type != "meta")
     )
 
