@@ -1,6 +1,7 @@
 """register(): makes transformers build our class wherever it would build its own for `model_type: llama`."""
 
 import gc
+import sys
 from types import ModuleType
 
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -20,8 +21,11 @@ def _registered() -> dict:
 
 def _packages() -> list[ModuleType]:
     """Every object that stands for the package: its initialisation can run twice, and then users hold the older one."""
-    modules = [thing for thing in gc.get_objects() if issubclass(type(thing), ModuleType)]
-    return [module for module in modules if vars(module).get("__name__") == "transformers"]
+    # What is frozen the collector does not tell of: modules are asked as well.
+    spaces = [getattr(module, "__dict__", {}) for module in tuple(sys.modules.values())]
+    held = [thing for space in spaces for thing in tuple(space.values())]
+    modules = {id(thing): thing for thing in (*gc.get_objects(), *held) if issubclass(type(thing), ModuleType)}
+    return [module for module in modules.values() if vars(module).get("__name__") == "transformers"]
 
 
 def register(fast: FastConfig | None = None) -> None:

@@ -1,7 +1,9 @@
 """Fixtures that several files share."""
 
+import gc
 import os
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -19,6 +21,12 @@ def _open_modes() -> set[str]:
     from tests import modes
 
     return set(modes.left_open())
+
+
+def pytest_collection_finish(session):
+    """What was imported stays, and each collection of what a test left would look at all of it, half a second long."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +77,14 @@ def light(monkeypatch):
     monkeypatch.setattr(memory, "peaks", lambda point, name: memory.Peaks(10.0, 20.0, 0.5, 1.0))
     for module in (measure, rounds, estimate):
         monkeypatch.setattr(module, "Ceiling", lambda device: ceiling.Ceiling(device, 2**20))
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Processes of this interpreter need not import everything: see tests/forked.py."""
+    from tests import forked
+
+    monkeypatch.setattr(subprocess, "Popen", forked.Popen)
 
 
 @pytest.fixture

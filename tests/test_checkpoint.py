@@ -1,5 +1,6 @@
 """Checkpoints: read as the parent reads them, written as the parent writes them."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -92,6 +93,7 @@ print((peak - base) / sum(p.nbytes for p in model.parameters()))
 """
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_loading_and_fusing_take_at_most_1_15_times_the_weights(tmp_path, dtype):
@@ -138,3 +140,13 @@ class TestRegister:
         assert type(AutoModelForCausalLM.from_pretrained(folder)) is parent
         assert type(AutoModelForCausalLM.from_config(LlamaConfig(**config().to_dict()))) is parent
         fastllama.unregister()  # twice is once
+
+    def test_what_the_collector_no_longer_sees_is_replaced_too(self):
+        gc.freeze()  # as a server does before it forks
+        parent = transformers.LlamaForCausalLM
+        fastllama.register()
+        try:
+            assert transformers.LlamaForCausalLM is fastllama.LlamaForCausalLM
+        finally:
+            fastllama.unregister()
+        assert transformers.LlamaForCausalLM is parent

@@ -255,6 +255,7 @@ def test_the_program_is_installed(monkeypatch):
     assert name == "fastllama" and getattr(importlib.import_module(module), function) is main
 
 
+@pytest.mark.usefixtures("forked")
 def test_the_program_streams_and_ends_quietly_with_its_reader(models, demo_tokenizer):
     command = [sys.executable, "-m", "fastllama", "generate", "-p", PROMPT, "-n", "1500", "-c", "0", "--ignore-eos"]
     child = subprocess.Popen(

@@ -117,6 +117,18 @@ def test_prompt_file(tokenizer, tmp_path):
         workload.prompt(Workload(1, 20, 5, prompt_file=str(tmp_path / "nowhere")), tokenizer)
 
 
+def test_a_text_is_encoded_once_by_each_tokenizer(tiny, monkeypatch):
+    one, other, changed = (transformers.AutoTokenizer.from_pretrained(tiny) for _ in range(3))
+    changed.add_tokens(["def "])
+    text = "def main():\n    return 1\n" * 9
+    expected = [each(text, add_special_tokens=False).input_ids for each in (one, changed)]
+    assert expected[0] != expected[1]
+    monkeypatch.setattr(workload, "_encoded", {})
+    assert [workload.encoded(each, text) for each in (one, changed)] == expected
+    monkeypatch.setattr(type(one), "__call__", lambda *given, **named: pytest.fail("encoded again"))
+    assert [workload.encoded(each, text) for each in (other, changed)] == expected
+
+
 def test_pad_id_without_a_pad_token(tiny):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
     assert workload.pad_id(tokenizer) == 2
@@ -348,6 +360,7 @@ def test_the_margin_is_the_references_own(tiny):
 # memory
 
 
+@pytest.mark.usefixtures("forked")
 def test_peaks_come_from_a_process_of_their_own(tiny):
     point = a_point(tiny, workload=Workload(1, 8, 2))
     alone = memory.peaks(point, "ours")
@@ -358,6 +371,7 @@ def test_peaks_come_from_a_process_of_their_own(tiny):
     assert longer.max_mem_mb - alone.max_mem_mb == pytest.approx(cache_mb, rel=0.5)
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_failed_process_says_why(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no model folder"):
         checkpoint.find(str(tmp_path / "nothing"), torch.float32)

@@ -221,6 +221,7 @@ _LIVE = [
 ]
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks of anonymous memory are read from /proc")
 @pytest.mark.parametrize("point", _LIVE, ids=lambda point: point.contestants[0] + point.switches.get("cache_k", ""))
 def test_the_prediction_is_within_a_twentieth_of_the_measured_peak(point):

@@ -214,6 +214,7 @@ assert relative(found, expected) < 1e-5, relative(found, expected)
 """
 
 
+@pytest.mark.usefixtures("forked")
 def test_more_threads_than_64_share_a_long_context():
     """In a process of its own: writing past the end of an array may end one."""
     done = subprocess.run([sys.executable, "-c", _MANY_THREADS], capture_output=True, text=True, timeout=120)

@@ -1,16 +1,17 @@
 """Predicted peaks of memory beside those that a process of its own has."""
 
 import json
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
 from fastllama.lab.memory import memory, peak
 from fastllama.lab.points.point import Point
 from fastllama.lab.points.workload import Workload
+from tests import forked
 
 
 def a_point(model="demo", **changes):
@@ -38,10 +39,12 @@ print(json.dumps([vars(peak.predict(Point.from_dict(task["point"]), task["name"]
 def predicted() -> dict[str, dict[str, int]]:
     """As a sweep predicts: in a process that has loaded nothing yet."""
     tasks = json.dumps([{"point": asdict(point), "name": name} for point, name in LIVE.values()])
-    told = subprocess.run([sys.executable, "-c", _PREDICT], input=tasks, capture_output=True, text=True, check=True)
-    return dict(zip(LIVE, json.loads(told.stdout), strict=True))
+    with forked.Popen([sys.executable, "-c", _PREDICT], stdin=PIPE, stdout=PIPE, text=True) as process:
+        told = process.communicate(tasks)[0]
+    return dict(zip(LIVE, json.loads(told), strict=True))
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peaks of anonymous memory are read from /proc")
 @pytest.mark.parametrize("what", LIVE)
 def test_the_prediction_is_within_its_margin_of_the_measured_peak(what, predicted, monkeypatch):

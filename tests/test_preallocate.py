@@ -69,6 +69,7 @@ print(promised, taken, anonymous() - before)
 """
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_preallocate_says_what_it_takes_and_free_gives_it_back():
     done = subprocess.run([sys.executable, "-c", _TAKEN], capture_output=True, text=True)

@@ -171,6 +171,7 @@ def test_no_rows_are_no_rows(form):
     assert multiply(form, torch.zeros(0, 1, 8), numbers(5, 8), None).shape == (0, 1, 5)
 
 
+@pytest.mark.usefixtures("forked")
 def test_no_columns_give_the_bias():
     """In a process of its own: a division by zero ends one."""
     if native.load() is not None:

@@ -83,6 +83,7 @@ def test_a_point_is_measured_and_its_bytes_are_ours(tiny, light):
     assert record["reference_hash"] == measure.measure(a_point(tiny))["reference_hash"]
 
 
+@pytest.mark.usefixtures("forked")
 def test_peaks_are_of_the_small_model(tiny):
     assert memory.peaks(small_point(tiny), "ours").max_mem_mb > 20
     ours, vanilla = (

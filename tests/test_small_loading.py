@@ -302,6 +302,7 @@ print(highest - before, held)
 """
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell")
 @pytest.mark.parametrize(
     ("model", "weights"),

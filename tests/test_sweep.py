@@ -206,6 +206,7 @@ def wait_for(child, logs, holds) -> Path:
     raise AssertionError("the sweep wrote nothing")
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("how", ["between lines", "torn"])
 def test_kill_9_in_the_middle_of_a_sweep_loses_nothing(tiny, tmp_path, how, broken, capsys, caplog):
     """A real process, killed while it measures its third point, or with half of that point's line written."""

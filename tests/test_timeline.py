@@ -79,6 +79,7 @@ def test_the_watch_sees_memory_that_came_and_went():
     assert [phase["name"] for phase in watch.phases] == ["prefill", "decode"]
 
 
+@pytest.mark.usefixtures("forked")
 def test_ours_alone_in_a_process(tiny, tmp_path):
     point = Point(tiny, "fp32", "cpu", Workload(2, 12, 4), preallocate=True, switches={"products": "stock"})
     seen, files = timeline.timeline(point, tmp_path / "memory")
@@ -102,6 +103,7 @@ def test_ours_alone_in_a_process(tiny, tmp_path):
     assert all(phase["phase"] in picture for phase in seen["phases"])
 
 
+@pytest.mark.usefixtures("forked")
 def test_vanilla_has_no_preallocation_and_its_cache_grows(tiny):
     point = Point(tiny, "fp32", "cpu", Workload(1, 12, 4))
     seen = phases.watched(point)
@@ -112,6 +114,7 @@ def test_vanilla_has_no_preallocation_and_its_cache_grows(tiny):
     assert starts == sorted(starts) and all(phase["end_s"] >= phase["start_s"] for phase in seen["phases"])
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_failure_in_the_process_is_a_sentence_here(tmp_path):
     absent = tmp_path / "absent"
     with pytest.raises(OSError, match=r"watching the memory failed: there is no model folder"):

@@ -337,6 +337,7 @@ assert (torch.full((64,), 1e-40) * 1).count_nonzero() == 64, "a tensor's floats"
 """
 
 
+@pytest.mark.usefixtures("forked")
 def test_the_library_leaves_small_numbers_alone():
     """-ffast-math may flush denormal numbers to zero for a whole process, whatever else runs in it."""
     done = subprocess.run([sys.executable, "-c", _DENORMALS], capture_output=True, text=True, env=ENVIRONMENT)

@@ -3,6 +3,7 @@
 B batch, P prompt tokens (of the longest row)
 """
 
+import hashlib
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,6 +91,25 @@ def begin_ids(tokenizer) -> list[int]:
     return [tokenizer.bos_token_id] if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else []
 
 
+# By tokenizer and text: half a second of a long text, for each point of a sweep.
+_encoded: dict[tuple[str, str], torch.Tensor] = {}
+_KEPT = 4
+
+
+def encoded(tokenizer, text: str) -> list[int]:
+    """The text's ids, with nothing put before it; a long text is encoded once in a process."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # what says all of what it does
+    key = tuple(hashlib.sha256(words.encode()).hexdigest() for words in (backend.to_str(), text)) if backend else None
+    found = _encoded.get(key)
+    if found is None:
+        found = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=torch.int32)
+        if key is not None:
+            if len(_encoded) == _KEPT:
+                _encoded.clear()
+            _encoded[key] = found
+    return found.tolist()
+
+
 def pad_id(tokenizer) -> int:
     """The id that left padding is made of."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
@@ -104,7 +124,7 @@ def prompt(workload: Workload, tokenizer) -> Prompt:
     A prompt longer than the held-out text (about 100,000 of the demo's tokens) starts the text over, as often as it
     takes. Raises `ValueError` when a prompt file has fewer tokens than the longest row.
     """
-    tokens = tokenizer(source_text(workload), add_special_tokens=False, verbose=False).input_ids
+    tokens = encoded(tokenizer, source_text(workload))
     begin = begin_ids(tokenizer)
     lengths = row_lengths(workload)
     if workload.prompt_file is None:

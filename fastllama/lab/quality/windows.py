@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from fastllama.demo.text import held_out_text
-from fastllama.lab.points.workload import begin_ids, read_text
+from fastllama.lab.points.workload import begin_ids, encoded, read_text
 
 HELD_OUT = "the held-out text"
 
@@ -71,9 +71,7 @@ def text(tokenizer, tokens: int | None = None, length: int = 1024, file: str | N
     `ValueError` or `FileNotFoundError`, one sentence, where there are not as many, or fewer than two.
     """
     name = HELD_OUT if file is None else f"the file {file}"
-    found = tokenizer(
-        held_out_text() if file is None else read_text(file, "file"), add_special_tokens=False, verbose=False
-    ).input_ids
+    found = encoded(tokenizer, held_out_text() if file is None else read_text(file, "file"))
     wanted = len(found) if tokens is None else tokens
     if len(found) < 2:
         raise ValueError(f"{name} has {len(found)} tokens, and a score needs at least 2")

@@ -44,7 +44,7 @@ _LEAST = 16
 def asked(case: ManyCase, tokenizer) -> tuple[list[list[int]], list[int]]:
     """(prompts cut from the held-out text, most new tokens of each), from the case's seed."""
     begin = workload.begin_ids(tokenizer)
-    tokens = tokenizer(held_out_text(), add_special_tokens=False, verbose=False).input_ids
+    tokens = workload.encoded(tokenizer, held_out_text())
     prompts, limits = [], []
     for place in range(case.prompts):
         draw = random.Random(f"prompt {case.seed} {place}")
