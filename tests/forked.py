@@ -18,6 +18,8 @@ import tempfile
 import types
 from pathlib import Path
 
+from tests.interruptions import heed
+
 ROOT = Path(__file__).resolve().parent.parent
 _IMPORTED = (
     "transformers.generation.utils",
@@ -65,10 +67,11 @@ class Popen(_Plain):
         words = [os.fspath(word) for word in args]
         if words[0] != sys.executable:
             return super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
-        assert preexec_fn is None and not pass_fds
+        assert preexec_fn in (None, heed) and not pass_fds
         pipes = rest[3:9]  # of standard input, output and error: the end to read from, and the one to write to
         given = [standard if fd == -1 else fd for standard, fd in enumerate((pipes[0], pipes[3], pipes[5]))]
         job = {"words": words[1:], "cwd": os.fspath(cwd or os.getcwd()), "env": dict(env or os.environ)}
+        job["session"] = rest[14]  # whether it begins one
         self._connection = socket.socket(socket.AF_UNIX)
         self._connection.connect(_server())
         content = json.dumps(job).encode()
@@ -140,10 +143,13 @@ def _job(connection: socket.socket) -> dict:
     os._exit(0)
 
 
-def _run(words: list[str], cwd: str, env: dict) -> None:
-    """As an interpreter that was started so."""
+def _run(words: list[str], cwd: str, env: dict, session: bool) -> None:
+    """As an interpreter that was started so, which heeds signals."""
     import torch
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if session:
+        os.setsid()
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)

@@ -10,6 +10,8 @@ import sys
 import traceback
 from pathlib import Path
 
+from tests import forked
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -27,8 +29,10 @@ def environment(**more) -> dict:
 def run(module: str, folder: Path, counts: tuple[int, ...]) -> dict[int, list[dict]]:
     """What `module.work(folder)` returned in each of `count` processes that know each other, for every count."""
     command = [sys.executable, "-m", "tests.processes", module, str(folder), *map(str, counts)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
+    pipe = subprocess.PIPE
+    with forked.Popen(command, env=environment(), stdout=pipe, stderr=pipe, text=True) as process:
+        out, err = process.communicate(timeout=900)
+    assert process.returncode == 0, out + err
     import torch
 
     return {

@@ -287,6 +287,7 @@ def test_without_scipy_nothing_is_measured(tmp_path, lab, side, monkeypatch):
     assert code == 2 and "pip install" in error and logged(tmp_path) == []
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_leaves_neither_tree_nor_process(tmp_path, side, how):
     side("a", sleeps=True)
@@ -309,6 +310,7 @@ def test_an_interruption_leaves_neither_tree_nor_process(tmp_path, side, how):
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.full
 def test_the_repositorys_own_run_llama_is_measured_from_a_commit(tmp_path):
     root = tmp_path / "repository"
     shutil.copytree(sources.ROOT / "fastllama", root / "fastllama", ignore=shutil.ignore_patterns("__pycache__"))

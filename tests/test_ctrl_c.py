@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests import forked
 from tests.command import run
 from tests.interruptions import heed
 
@@ -30,7 +31,7 @@ def interrupted(*words) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, words)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    child = subprocess.Popen(command, **pipes, env=environment, cwd=ROOT, preexec_fn=heed)
+    child = forked.Popen(command, **pipes, env=environment, cwd=ROOT, preexec_fn=heed)
     try:
         first = child.stdout.read(1)
         child.send_signal(signal.SIGINT)

@@ -18,7 +18,6 @@ from fastllama.lab.measuring.parity import teacher_forced_rms
 POSITIONS = 1024
 PREFIX = 64
 WAYS = [
-    {"compile": "no"},
     {"compile": "static"},
     {"compile": "native"},
     {"compile": "no", "products": "stock"},

@@ -185,7 +185,8 @@ def _save(root, barrier):
 
 def test_two_processes_that_save_at_once_both_succeed(tmp_path):
     sha = make_repository(tmp_path)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # what both import is imported once
     barrier = context.Barrier(2)
     processes = [context.Process(target=_save, args=(tmp_path, barrier), name=name) for name in ("a", "b")]
     for process in processes:

@@ -146,7 +146,11 @@ def test_chunked_whole_and_stepwise_agree(format, attention):
     assert ours.valid_past_index.tolist() == [70]
 
 
-STATIC = [("int8", "q8_0", "padded"), ("q4_0", None, "one"), ("q5_1", "iq4_nl", "three"), ("f16", "f32", "padded")]
+STATIC = [
+    ("int8", "q8_0", "padded"),
+    ("q5_1", "iq4_nl", "three"),
+    *(pytest.param(*case, marks=pytest.mark.full) for case in [("q4_0", None, "one"), ("f16", "f32", "padded")]),
+]
 
 
 @pytest.mark.parametrize(("cache_k", "cache_v", "batch"), STATIC)

@@ -1,7 +1,14 @@
-"""What a missing compiler is called, wherever in torch it was missed."""
+"""Compiling ahead of time, and what a missing compiler is called wherever in torch it was missed."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastllama.kernels import instruction_sets
 
 
 @contextlib.contextmanager
@@ -16,3 +23,18 @@ def named(what: str) -> Iterator[None]:
         if fault is None:
             raise
         raise ValueError(f"{what} compiles C++, and no working compiler was found: install g++, or set CXX") from None
+
+
+def package(traced: torch.export.ExportedProgram, path: Path, what: str, **options: Any) -> None:
+    """Compiles into `path` (.pt2), with torch._inductor's `options`. Raises `ValueError` as `named(what)` does.
+
+    Source: torch._inductor.aoti_compile_and_package,
+    https://docs.pytorch.org/docs/stable/torch.compiler_aot_inductor.html
+    """
+    if instruction_sets.are_good():
+        options["cpp.vec_isa_ok"] = True
+    if hasattr(torch._inductor.config.aot_inductor, "enable_line_tables"):
+        options["aot_inductor.enable_line_tables"] = False  # a fifth of the compiler's time, for debuggers
+    with named(what), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)  # torch's own, about torch's own
+        torch._inductor.aoti_compile_and_package(traced, package_path=str(path), inductor_configs=options)

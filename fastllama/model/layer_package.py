@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from transformers.utils import logging
 
 from fastllama.cache.small_cache import Parts
-from fastllama.kernels import compiler, instruction_sets, native
+from fastllama.kernels import compiler, native
 from fastllama.kernels.whole_file import one_process, whole
 from fastllama.model.forward import step_block
 from fastllama.model.sources import does_as_its_class
@@ -176,19 +176,14 @@ class _Program(nn.Module):
 
 
 def _compile(own: Own, shared: Shared, path: Path) -> None:
-    """Source: torch._inductor.aoti_compile_and_package,
-    https://docs.pytorch.org/docs/stable/torch.compiler_aot_inductor.html"""
-    options: dict[str, Any] = {"cpp.vec_isa_ok": True} if instruction_sets.are_good() else {}
-    if hasattr(torch._inductor.config.aot_inductor, "enable_line_tables"):
-        options["aot_inductor.enable_line_tables"] = False  # a fifth of the compiler's time, for debuggers
     dims = {name: torch.export.Dim(name, min=1 if name == "read" else 2, max=_MOST) for name in _SIZES}
     sized = [(leaf, sizes) for leaf, sizes in _sized(own, shared) if isinstance(leaf, torch.Tensor)]
     examples = tuple(_example(leaf, sizes) for leaf, sizes in sized)
     shapes = tuple({dim: dims[name] for dim, name in sizes.items()} or None for _, sizes in sized)
-    with compiler.named("compile='static'"), torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+    with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)  # torch's own, about torch's own
         traced = torch.export.export(_Program(own, shared), examples, dynamic_shapes=(shapes,), strict=False)
-        torch._inductor.aoti_compile_and_package(traced, package_path=str(path), inductor_configs=options)
+        compiler.package(traced, path, "compile='static'")
 
 
 def load(name: str, own: Own, shared: Shared) -> Run:

@@ -4,7 +4,6 @@ Legend: B batch, Q query tokens.
 """
 
 import json
-import warnings
 from pathlib import Path
 
 import torch
@@ -77,12 +76,6 @@ def metadata(shape: CacheShape, config: FastConfig, vocabulary: int) -> dict[str
 
 
 def write(traced: torch.export.ExportedProgram, path: Path, said: dict[str, str]) -> None:
-    """Compiles and writes `path` (.pt2), which appears only when it is whole. Raises `ValueError` without a compiler.
-
-    Source: torch._inductor.aoti_compile_and_package, https://docs.pytorch.org/docs/stable/torch.compiler_aot_inductor.html
-    """
-    with whole(path) as partial, compiler.named("export"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning)  # torch's own, about torch's own
-        torch._inductor.aoti_compile_and_package(
-            traced, package_path=str(partial), inductor_configs={"aot_inductor.metadata": said}
-        )
+    """Compiles and writes `path` (.pt2), which appears only when it is whole; `ValueError` without a compiler."""
+    with whole(path) as partial:
+        compiler.package(traced, partial, "export", **{"aot_inductor.metadata": said})

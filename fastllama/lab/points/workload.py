@@ -96,14 +96,18 @@ _encoded: dict[tuple[str, str], torch.Tensor] = {}
 _KEPT = 4
 
 
+def _sha256(words: str) -> str:
+    return hashlib.sha256(words.encode()).hexdigest()
+
+
 def encoded(tokenizer, text: str) -> list[int]:
     """The text's ids, with nothing put before it; a long text is encoded once in a process."""
     backend = getattr(tokenizer, "backend_tokenizer", None)  # what says all of what it does
-    key = tuple(hashlib.sha256(words.encode()).hexdigest() for words in (backend.to_str(), text)) if backend else None
+    key = backend and (_sha256(backend.to_str()), _sha256(text))
     found = _encoded.get(key)
     if found is None:
         found = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=torch.int32)
-        if key is not None:
+        if key:
             if len(_encoded) == _KEPT:
                 _encoded.clear()
             _encoded[key] = found
