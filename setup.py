@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 
 TEST = [
     "pytest>=8",
-    "pytest-xdist>=3.6",
+    "pytest-xdist>=3.8",
     "hypothesis>=6.100",
     "gguf>=0.10",
     "peft>=0.17",

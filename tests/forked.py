@@ -65,7 +65,7 @@ class Popen(_Plain):
 
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest):
         words = [os.fspath(word) for word in args]
-        if words[0] != sys.executable:
+        if words[0] != sys.executable or not hasattr(os, "fork"):
             return super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
         assert preexec_fn in (None, heed) and not pass_fds
         pipes = rest[3:9]  # of standard input, output and error: the end to read from, and the one to write to

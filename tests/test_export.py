@@ -371,6 +371,7 @@ def test_bad_words_end_with_2_and_write_nothing(swept, tmp_path, capsys, argv, s
     assert swept.read_bytes() == before and not out.exists()
 
 
+@pytest.mark.usefixtures("forked")
 def test_the_repositorys_records_are_exported(tmp_path):
     path = tmp_path / "all.sqlite"
     root = Path(command_line.__file__).parents[2]

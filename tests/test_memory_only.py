@@ -216,7 +216,6 @@ def test_cases_go_with_every_point_of_the_product(tmp_path):
 _LIVE = [
     Point("demo", "bf16", "cpu", Workload(1, 2999, 1), True, {"prefill_chunk": 512}, 60_000),
     Point("demo", "bf16", "cpu", Workload(1, 2999, 1), True, {"cache_k": "int8", "cache_v": "q4_0"}, 100_000),
-    Point("demo", "fp32", "cpu", Workload(1, 999, 1), False, {"prefill_chunk": 512}, 40_000, static_cache=True),
     Point("demo", "fp32", "cpu", Workload(1, 999, 1), False, {"prefill_chunk": 512}, 20_000, static_cache=True),
 ]
 

@@ -380,3 +380,9 @@ def test_predictions_are_not_rewritten(tmp_path):
 def test_every_way_to_compile_can_be_recorded():
     for mode in fastllama.FastConfig.__dataclass_fields__["compile"].metadata["allowed"].split(", "):
         assert mode.split(" ")[0] in schema.COMPILES
+
+
+def test_an_object_that_a_clone_lacks_is_named(tmp_path):
+    make_repository(tmp_path)
+    with pytest.raises(ValueError, match=f"git object {'0' * 40} is missing from"):
+        lab_git._blobs_sha256(tmp_path, ["0" * 40])

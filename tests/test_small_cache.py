@@ -216,11 +216,12 @@ def test_path_names_the_formats_and_the_attention():
     assert "SDPA" not in ours.path and "prompt attention" not in ours.path
 
 
-@pytest.mark.parametrize("compile", ["no", "static"])
-def test_undone_tokens_leave_no_trace(compile):
+# Compiled, with formats that are compiled above.
+@pytest.mark.parametrize(("compile", "cache_k", "cache_v"), [("no", "q8_0", "q4_1"), ("static", "q5_1", "iq4_nl")])
+def test_undone_tokens_leave_no_trace(compile, cache_k, cache_v):
     _, ours = models()
     inputs = prompt("padded", 20)
-    ours.preallocate(3, 64, cache_k="q8_0", cache_v="q4_1", compile=compile, bucket=32)
+    ours.preallocate(3, 64, cache_k=cache_k, cache_v=cache_v, compile=compile, bucket=32)
     ours.prefill(**inputs)
     right = torch.tensor([[7], [8], [9]])
     expected = [ours.step(right), ours.step(right + 3)]

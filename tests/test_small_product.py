@@ -132,6 +132,7 @@ def test_compiled_it_is_one_operator():
     assert torch.equal(torch.compile(product.__call__, fullgraph=True)(x), product(x))
 
 
+@pytest.mark.full
 def test_compiled_many_rows_are_multiplied_by_the_expanded_weight():
     product, x = small(48, 64, "int4"), torch.randn(97, 64).bfloat16()
     y = torch.compile(product.__call__, fullgraph=True)(x)

@@ -138,7 +138,7 @@ def test_compiled_steps_take_them(compile, weights, batch, tied, products, folde
     check(ours, batch, "fp32")
 
 
-@pytest.mark.parametrize("compile", ["no", "static"])
+@pytest.mark.parametrize("compile", ["no", pytest.param("static", marks=pytest.mark.full)])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_float8_computes_what_it_means(compile, tied, dtype, folders, monkeypatch):
@@ -288,8 +288,9 @@ def test_fast_is_the_default_of_preallocate_and_generate(folders):
 def test_generate_honours_what_fast_compiles(compile, folders):
     if compile == "native" and native.load() is not None:
         pytest.skip(native.load())
-    fast = FastConfig(weights="int8", compile=compile, bucket=16)
-    ours = fastllama.LlamaForCausalLM.from_pretrained(folders[False, False], fast=fast)
+    # A layer that was compiled above.
+    fast = FastConfig(weights="int8", compile=compile, bucket=16, products="auto" if native.load() else "native")
+    ours = fastllama.LlamaForCausalLM.from_pretrained(folders[False, True], fast=fast)
     expected = generate(small.specification(ours), prompt("padded"), max_new_tokens=NEW, **GREEDY)
     assert torch.equal(generate(ours, prompt("padded"), max_new_tokens=NEW, **GREEDY), expected)
     assert ("native step" if compile == "native" else "static compile by layer") in ours.path

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from fastllama.lab.records import readme, record, schema, suite_table
 from fastllama.lab.suite import __main__ as suite
 from fastllama.lab.suite import beside, rounds, small_rounds, suite_file, suite_lines
 from fastllama.lab.suite.line import NOT_COMPARED, Bound, Case, Line, Measured, judge
+from tests import forked
 from tests.fake_records import COMMIT, fake_record, make_repository, point
 from tests.test_measure import write_tiny
 
@@ -204,7 +206,7 @@ def test_packed_products_are_asked_for_only_where_torch_packs_them(packs, switch
     assert Case("demo", "bf16", compile="static").switches == {"compile": "static"}
 
 
-def test_a_start_is_a_process_of_its_own(tiny, tmp_path):
+def test_a_start_is_a_process_of_its_own(tiny, tmp_path, monkeypatch):
     task = start._task(case_of(tiny), tiny, "cpu", "no")
     if native.load() is None:  # building it again would show nothing
         (tmp_path / "user" / "fastllama").mkdir(parents=True)
@@ -212,6 +214,7 @@ def test_a_start_is_a_process_of_its_own(tiny, tmp_path):
     told = {name: start.start(name, task, tmp_path) for name in ("ours", "vanilla")}
     assert told["ours"]["token"] == told["vanilla"]["token"] and told["ours"]["compile_s"] > 0
     assert all(each["first_token_s"] > each["compile_s"] for each in told.values())
+    monkeypatch.setattr(subprocess, "Popen", forked.Popen)  # that one fails however it starts
     with pytest.raises(RuntimeError, match=r"new process of ours failed: .*nowhere"):
         start.start("ours", [str(tmp_path / "nowhere"), *task[1:]], tmp_path)
 

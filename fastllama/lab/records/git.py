@@ -1,6 +1,5 @@
 """What git knows about the repository: the commit, what differs from it, and a commit's source hash."""
 
-import functools
 import hashlib
 import os
 import shutil
@@ -70,13 +69,23 @@ def has_commit(root: Path, commit: str) -> bool:
     return is_repository(root) and _git(root, "cat-file", "-e", f"{commit}^{{commit}}") is not None
 
 
-@functools.cache
-def _blob_sha256(root: Path, blob: str) -> str:
-    # A blob's name fixes its content, so weights shared by many commits are read once.
-    content = _git(root, "cat-file", "blob", blob)
-    if content is None:
-        raise ValueError(f"git object {blob} is missing from {root}")
-    return hashlib.sha256(content).hexdigest()
+_sha256: dict[tuple[Path, str], str] = {}  # of a blob's content, which its name fixes: read once for many commits
+
+
+def _blobs_sha256(root: Path, blobs: list[str]) -> list[str]:
+    """Of each blob's content, from one process of git. Raises `ValueError` where this clone has one not."""
+    missing = [blob for blob in dict.fromkeys(blobs) if (root, blob) not in _sha256]
+    # Of each: its name, kind and size, a line; its content; a line's end.
+    out = _git(root, "cat-file", "--batch", stdin="".join(f"{blob}\n" for blob in missing).encode()) if missing else b""
+    at = 0
+    for blob in missing:
+        end = (out or b"").find(b"\n", at)
+        words = out[at:end].split() if out and end >= 0 else []
+        if len(words) != 3:
+            raise ValueError(f"git object {blob} is missing from {root}")
+        content, at = out[end + 1 : end + 1 + int(words[2])], end + 2 + int(words[2])
+        _sha256[root, blob] = hashlib.sha256(content).hexdigest()
+    return [_sha256[root, blob] for blob in blobs]
 
 
 def digests_of_commit(root: Path, commit: str, schema: int = 2) -> dict[str, str]:
@@ -92,7 +101,8 @@ def digests_of_commit(root: Path, commit: str, schema: int = 2) -> dict[str, str
         (_, kind, blob), name = entry.split("\t", 1)[0].split(), entry.split("\t", 1)[1]
         if kind == "blob" and sources.is_source(name, schema):
             blobs[name] = blob
-    return {name: _blob_sha256(Path(root), blobs[name]) for name in sorted(blobs)}
+    names = sorted(blobs)
+    return dict(zip(names, _blobs_sha256(Path(root), [blobs[name] for name in names]), strict=True))
 
 
 def source_sha256_of_commit(commit: str, root: Path = sources.ROOT, schema: int = 2) -> str:
