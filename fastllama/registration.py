@@ -22,9 +22,10 @@ def _registered() -> dict:
 def _packages() -> list[ModuleType]:
     """Every object that stands for the package: its initialisation can run twice, and then users hold the older one."""
     # What is frozen the collector does not tell of: modules are asked as well.
-    spaces = [getattr(module, "__dict__", {}) for module in tuple(sys.modules.values())]
-    held = [thing for space in spaces for thing in tuple(space.values())]
-    modules = {id(thing): thing for thing in (*gc.get_objects(), *held) if issubclass(type(thing), ModuleType)}
+    imported = tuple(sys.modules.values())
+    held = [thing for module in imported for thing in tuple(getattr(module, "__dict__", {}).values())]
+    things = (*gc.get_objects(), *imported, *held)
+    modules = {id(thing): thing for thing in things if issubclass(type(thing), ModuleType)}
     return [module for module in modules.values() if vars(module).get("__name__") == "transformers"]
 
 

@@ -103,11 +103,11 @@ def _sha256(words: str) -> str:
 def encoded(tokenizer, text: str) -> list[int]:
     """The text's ids, with nothing put before it; a long text is encoded once in a process."""
     backend = getattr(tokenizer, "backend_tokenizer", None)  # what says all of what it does
-    key = backend and (_sha256(backend.to_str()), _sha256(text))
-    found = _encoded.get(key)
+    key = None if backend is None else (_sha256(backend.to_str()), _sha256(text))
+    found = None if key is None else _encoded.get(key)
     if found is None:
         found = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=torch.int32)
-        if key:
+        if key is not None:
             if len(_encoded) == _KEPT:
                 _encoded.clear()
             _encoded[key] = found

@@ -73,7 +73,7 @@ _sha256: dict[tuple[Path, str], str] = {}  # of a blob's content, which its name
 
 
 def _blobs_sha256(root: Path, blobs: list[str]) -> list[str]:
-    """Of each blob's content, from one process of git. Raises `ValueError` where this clone has one not."""
+    """Of each blob's content, from one process of git. Raises `ValueError` where this clone lacks one."""
     missing = [blob for blob in dict.fromkeys(blobs) if (root, blob) not in _sha256]
     # Of each: its name, kind and size, a line; its content; a line's end.
     out = _git(root, "cat-file", "--batch", stdin="".join(f"{blob}\n" for blob in missing).encode()) if missing else b""
