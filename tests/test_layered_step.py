@@ -223,7 +223,7 @@ def compiled(kept, monkeypatch):
     (package,) = packages(kept)
     content, asked = package.read_bytes(), []
 
-    def compile(own, shared, path):
+    def compile(own, shared, path, others):
         asked.append(path)
         path.write_bytes(content)
 
@@ -244,7 +244,7 @@ def test_who_wants_what_another_compiles_waits_for_it(compiled, layer, monkeypat
     package, asked = compiled
     content = package.read_bytes()
 
-    def slowly(own, shared, path):
+    def slowly(own, shared, path, others):
         asked.append(path)
         time.sleep(0.3)
         path.write_bytes(content)
@@ -296,3 +296,23 @@ def test_no_compiler_is_one_sentence(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=r"^compile='static' compiles C\+\+, and no working compiler was found"):
         ours.preallocate(3, 26, compile="static", products="stock")
     assert ours._engine.cache is None and not packages(tmp_path)
+
+
+@pytest.mark.parametrize("others", [2, 3])
+def test_headers_are_compiled_by_themselves_from_a_machines_fourth_package_on(others, monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "cache_folder", lambda: tmp_path)
+    for number in range(others):
+        folder = tmp_path / "layers" / native.machine() / str(number)
+        folder.mkdir(parents=True)
+        (folder / "layer.pt2").touch()
+    given = {}
+
+    def compile(traced, package_path, inductor_configs):
+        given.update(inductor_configs)
+        raise RuntimeError("enough is seen")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile)
+    _, ours = pair()
+    with pytest.raises(RuntimeError, match="enough is seen"):
+        ours.preallocate(3, 26, compile="static", products="stock")
+    assert given["aot_inductor.precompile_headers"] is (others == 3)

@@ -78,4 +78,4 @@ def metadata(shape: CacheShape, config: FastConfig, vocabulary: int) -> dict[str
 def write(traced: torch.export.ExportedProgram, path: Path, said: dict[str, str]) -> None:
     """Compiles and writes `path` (.pt2), which appears only when it is whole; `ValueError` without a compiler."""
     with whole(path) as partial:
-        compiler.package(traced, partial, "export", **{"aot_inductor.metadata": said})
+        compiler.package(traced, partial, "export", one_of_many=False, **{"aot_inductor.metadata": said})
