@@ -65,7 +65,7 @@ class Popen(_Plain):
 
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest):
         words = [os.fspath(word) for word in args]
-        if words[0] != sys.executable or not hasattr(os, "fork"):
+        if words[0] != sys.executable or sys.platform != "linux":
             return super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest)
         assert preexec_fn in (None, heed) and not pass_fds
         pipes = rest[3:9]  # of standard input, output and error: the end to read from, and the one to write to
@@ -128,7 +128,10 @@ def _job(connection: socket.socket) -> dict:
     size, given, _, _ = socket.recv_fds(connection, _NUMBER, 3)
     left, content = int.from_bytes(size, "big"), b""
     while len(content) < left:
-        content += connection.recv(left - len(content))
+        part = connection.recv(left - len(content))
+        if not part:
+            os._exit(1)  # who asked is gone
+        content += part
     pid = os.fork()
     if pid == 0:
         connection.close()

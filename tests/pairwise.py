@@ -9,7 +9,7 @@ def pairwise(factors: dict[str, list]) -> list[dict]:
 
 
 def each_value(factors: dict[str, list]) -> list[dict]:
-    """As many as the longest factor has values, for what takes a compiler a quarter of a minute."""
+    """As many cases as the longest factor has values, for what takes a compiler a quarter of a minute."""
     return _covering(factors, 1)
 
 

@@ -223,7 +223,7 @@ def compiled(kept, monkeypatch):
     (package,) = packages(kept)
     content, asked = package.read_bytes(), []
 
-    def compile(own, shared, path, others):
+    def compile(own, shared, path, *how):
         asked.append(path)
         path.write_bytes(content)
 
@@ -244,7 +244,7 @@ def test_who_wants_what_another_compiles_waits_for_it(compiled, layer, monkeypat
     package, asked = compiled
     content = package.read_bytes()
 
-    def slowly(own, shared, path, others):
+    def slowly(own, shared, path, *how):
         asked.append(path)
         time.sleep(0.3)
         path.write_bytes(content)

@@ -103,7 +103,6 @@ def test_ours_alone_in_a_process(tiny, tmp_path):
     assert all(phase["phase"] in picture for phase in seen["phases"])
 
 
-@pytest.mark.usefixtures("forked")
 def test_vanilla_has_no_preallocation_and_its_cache_grows(tiny):
     point = Point(tiny, "fp32", "cpu", Workload(1, 12, 4))
     seen = phases.watched(point)

@@ -33,7 +33,7 @@ _SOURCES = [path for name in ("cache", "kernels", "model") for path in Path(__fi
 # Sizes that differ from call to call, and the ones that are traced with. Torch shares a loop among threads by these.
 _SIZES = {"read": 1024, "reserved": 2048}
 _MOST = 2**31
-_MANY = 3  # packages, from which on a machine is taken to compile more
+_MANY = 3  # packages that are kept on a machine: more are to be expected
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
@@ -176,7 +176,7 @@ class _Program(nn.Module):
         return _layer(*pytree.tree_unflatten(leaves, self._structure))
 
 
-def _compile(own: Own, shared: Shared, path: Path, others: int) -> None:
+def _compile(own: Own, shared: Shared, path: Path, one_of_many: bool = False) -> None:
     dims = {name: torch.export.Dim(name, min=1 if name == "read" else 2, max=_MOST) for name in _SIZES}
     sized = [(leaf, sizes) for leaf, sizes in _sized(own, shared) if isinstance(leaf, torch.Tensor)]
     examples = tuple(_example(leaf, sizes) for leaf, sizes in sized)
@@ -184,7 +184,7 @@ def _compile(own: Own, shared: Shared, path: Path, others: int) -> None:
     with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)  # torch's own, about torch's own
         traced = torch.export.export(_Program(own, shared), examples, dynamic_shapes=(shapes,), strict=False)
-        compiler.package(traced, path, "compile='static'", one_of_many=others >= _MANY)
+        compiler.package(traced, path, "compile='static'", one_of_many)
 
 
 def load(name: str, own: Own, shared: Shared) -> Run:
@@ -201,13 +201,13 @@ def load(name: str, own: Own, shared: Shared) -> Run:
                 except RuntimeError:  # it is not whole: the disk's affair, and made anew
                     path.unlink()
             with whole(path) as unfinished:
-                _compile(own, shared, unfinished, len(list(folder.parent.glob("*/layer.pt2"))))
+                _compile(own, shared, unfinished, len(list(folder.parent.glob("*/layer.pt2"))) >= _MANY)
             return _loaded(path)
     except OSError as fault:  # nothing can be kept there
         logger.warning_once(f"fastllama: the compiled layer is not kept, so every process compiles it anew: {fault}")
         with tempfile.TemporaryDirectory() as place:
             path = Path(place) / "layer.pt2"
-            _compile(own, shared, path, 0)
+            _compile(own, shared, path)
             return _loaded(path)
 
 
