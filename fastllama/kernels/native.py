@@ -54,12 +54,14 @@ _shapes = torch.library.Library("fastllama_native", "IMPL")  # for the compiler;
 # Of which integers the processor sums products in one instruction: "bytes", "shorts" or "none"; known once the
 # operators are loaded.
 sums_products_of = "none"
+# Whether it multiplies bf16 in a matrix unit (AMX), which takes any number of rows; known likewise.
+has_matrix_unit = False
 
 
 @functools.cache
 def load() -> str | None:
     """Builds (once per machine) and loads the operators; None when they are ready, else why they are not."""
-    global sums_products_of
+    global sums_products_of, has_matrix_unit
     if platform.machine() not in ("x86_64", "AMD64") or sys.platform != "linux":
         return "it is written for x86-64 Linux"
     name = library_name()
@@ -77,6 +79,7 @@ def load() -> str | None:
     _shapes.impl("linear_rows", _rows_shape, "Meta")
     _shapes.impl("linear_small", _small_shape, "Meta")
     sums_products_of = torch.ops.fastllama_native.sums_products_of()
+    has_matrix_unit = torch.ops.fastllama_native.has_matrix_unit()
     return None
 
 

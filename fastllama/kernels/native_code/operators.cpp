@@ -37,11 +37,22 @@ at::Tensor linear_rows(const at::Tensor& input, const at::Tensor& weight, const 
       operand.blocks(m, [&](int64_t k, int64_t count, auto* to) { std::copy(row + k, row + k + count, to); });
     }
     T* y = out.mutable_data_ptr<T>();
-    at::parallel_for(0, w.N, std::max<int64_t>(1, 16384 / (w.K * M)), [&](int64_t begin, int64_t end) {
-      multiply(shared, w, begin, end, [&](int64_t m, int64_t n, float value) { y[m * w.N + n] = T(value); });
+    const int64_t chunks = (w.N + kChunk - 1) / kChunk;
+    at::parallel_for(0, chunks, std::max<int64_t>(1, 16384 / (w.K * M * kChunk)), [&](int64_t begin, int64_t end) {
+      multiply(shared, w, begin * kChunk, std::min(w.N, end * kChunk),
+               [&](int64_t m, int64_t n, float value) { y[m * w.N + n] = T(value); });
     });
   });
   return out;
+}
+
+// Whether several rows in bf16 are multiplied in a matrix unit.
+bool has_matrix_unit() {
+#if defined(FASTLLAMA_UNIT)
+  return has_unit();
+#else
+  return false;
+#endif
 }
 
 using CachedLayers = std::vector<std::vector<at::Tensor>>;  // the parts of each layer's keys or values
@@ -149,6 +160,7 @@ class Step : public torch::CustomClassHolder {
 
 TORCH_LIBRARY(fastllama_native, library) {
   library.def("linear_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  library.def("has_matrix_unit() -> bool", &has_matrix_unit);
   library.class_<Step>("Step")
       .def(torch::init<std::vector<at::Tensor>, std::vector<std::optional<at::Tensor>>,
                        std::vector<std::optional<at::Tensor>>, std::vector<int64_t>, std::vector<int64_t>,

@@ -12,52 +12,11 @@
 #include <type_traits>
 #include <vector>
 
-#include "tile.h"
+#include "unit_product.h"
 
 namespace {
 
-constexpr int64_t kNear = 32768;          // bytes of x that a block of columns may take: they stay in the first cache
 constexpr int64_t kShortRow = 2048;       // bytes of a row of W that several streams would not pay for
-constexpr int64_t kWhole = 32;            // columns of x that no block cuts
-
-// x, cut into blocks of columns that fit the first cache; rows are a line apart, or they would share cache sets.
-// One row is one block, as it lies.
-template <typename T>
-class Operand {
- public:
-  using Stored = typename Lane<T>::Stored;
-  int64_t rows = 0, columns = 0, width = 0, stride = 0;
-
-  void shape(int64_t M, int64_t K) {
-    rows = M, columns = K;
-    const int64_t step = kWhole, steps = (K + step - 1) / step;
-    const int64_t blocks = M == 1 ? 1 : std::max<int64_t>(1, (M * K * (int64_t)sizeof(Stored) + kNear - 1) / kNear);
-    width = (steps + blocks - 1) / blocks * step;
-    stride = width + step;
-    memory_.resize(((K + width - 1) / width * M * stride + kLine) * sizeof(Stored));
-    first_ = (Stored*)(((uintptr_t)memory_.data() + kLine - 1) & ~(uintptr_t)(kLine - 1));
-  }
-  Stored* at(int64_t m, int64_t k) const { return first_ + (k / width * rows + m) * stride + k % width; }
-  // Rounded to T, as the model's own tensors are.
-  void put(int64_t m, int64_t k, float value) { *at(m, k) = Stored(T(value)); }
-  // Calls work(k, count, where) for each block of row m.
-  template <typename Work>
-  void blocks(int64_t m, const Work& work) const {
-    for (int64_t k = 0; k < columns; k += width) work(k, std::min(width, columns - k), at(m, k));
-  }
-
- private:
-  std::vector<char> memory_;
-  Stored* first_ = nullptr;
-};
-
-// Calls work with a number of 1 .. Most as a constant.
-template <int Most, typename Work>
-inline void with_number(int64_t number, const Work& work) {
-  if constexpr (Most > 1)
-    if (number < Most) return with_number<Most - 1>(number, work);
-  work(std::integral_constant<int, Most>{});
-}
 
 // A tile of R rows of W and all of x, in passes of at most Most rows of x.
 template <int R, int Most, typename T>
@@ -87,13 +46,6 @@ int64_t tiles_of(const Operand<T>& x, const T* w, int64_t rows, int64_t k, int64
   return r;
 }
 
-template <typename T>
-struct Matrix {  // W [N, K] and b [N], which may be null
-  const T* weight;
-  const T* bias;
-  int64_t N, K;
-};
-
 // Rows begin .. end - 1 of W: calls emit(m, n, y).
 template <typename T, typename Emit>
 void multiply(const Operand<T>& x, const Matrix<T>& matrix, int64_t begin, int64_t end, const Emit& emit) {
@@ -102,7 +54,7 @@ void multiply(const Operand<T>& x, const Matrix<T>& matrix, int64_t begin, int64
   auto biased = [&](float total, int64_t n) { return matrix.bias ? total + float(matrix.bias[n]) : total; };
   if (x.rows == 1) {
     int64_t n = begin;
-    if constexpr (kVector < 16) {
+    if (reads_in_streams()) {
       auto together = [&](auto rows, const auto& work) {
         constexpr int R = decltype(rows)::value;
         float y[R];
@@ -117,6 +69,10 @@ void multiply(const Operand<T>& x, const Matrix<T>& matrix, int64_t begin, int64
     for (; n < end; ++n) emit(0, n, biased(dot<T>(w + n * matrix.K, x.at(0, 0), matrix.K), n));
     return;
   }
+#if defined(FASTLLAMA_UNIT)
+  if constexpr (std::is_same_v<T, at::BFloat16>)
+    if (x.rows >= kUnitRows && has_unit()) return multiply_in_unit(x, matrix, begin, end, emit);
+#endif
   std::vector<float> sums(x.rows * kChunk);
   for (int64_t n = begin; n < end; n += kChunk) {
     const int64_t rows = std::min(kChunk, end - n);

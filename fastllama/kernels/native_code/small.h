@@ -18,6 +18,7 @@ constexpr int64_t kLanes = 16;                      // rows of W in a tile
 constexpr int64_t kAtOnce = kVector == 16 ? 8 : 4;  // rows of x that a tile is unpacked for: their sums fit the registers
 constexpr int kPieces = kLanes / kVector;           // vectors of a line
 constexpr int kTiles = 4;                           // tiles that are read at once, each a stream, where that is faster
+constexpr int64_t kTileAhead = 512;                 // bytes that each of them is asked for in advance
 
 struct SmallMatrix {
   const uint8_t* quants = nullptr;
@@ -57,19 +58,22 @@ inline void add_fours(i32v& total, i32v w, const int8_t* x) {
   total = (i32v)_mm512_dpbusd_epi32((__m512i)total, (__m512i)w, _mm512_set1_epi32(four));
 }
 
-// The products of 16 rows of W and M rows of x, the first of which is `row`, over block b: times the scales of x.
+// The products of 16 rows of W and M rows of x, the first of which is `row`, over block b: times the scales of x. For S tiles:
+// part[t * M + m].
 template <int Bits, int M, int S>
 inline void add_block(const Fixed& x, int64_t row, int64_t b, const uint8_t* const* from, f32v (*part)[kPieces]) {
-  static_assert(S == 1);
-  i32v four[8];
-  unpack<Bits>(from[0], four);
+#pragma GCC unroll 4
+  for (int t = 0; t < S; ++t) {
+    i32v four[8];
+    unpack<Bits>(from[t], four);
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) {
-    const int8_t *high = x.high(row + m, b), *low = x.low(row + m, b);
-    i32v above = {}, below = i32v{} - (1 << (Bits - 1)) * x.sum(row + m, b);
+    for (int m = 0; m < M; ++m) {
+      const int8_t *high = x.high(row + m, b), *low = x.low(row + m, b);
+      i32v above = {}, below = i32v{} - (1 << (Bits - 1)) * x.sum(row + m, b);
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) add_fours(above, four[i], high + 4 * i), add_fours(below, four[i], low + 4 * i);
-    part[m][0] += floats(above * 256 + below) * x.scale(row + m, b);
+      for (int i = 0; i < 8; ++i) add_fours(above, four[i], high + 4 * i), add_fours(below, four[i], low + 4 * i);
+      part[t * M + m][0] += floats(above * 256 + below) * x.scale(row + m, b);
+    }
   }
 }
 
@@ -144,9 +148,12 @@ void small_tile(const Fixed& x, int64_t row, const SmallMatrix& w, int64_t tile,
   for (int64_t first = 0; first < whole; first += each) {
     f32v part[S * M][kPieces] = {};
     for (int64_t b = first; b < first + each; ++b) {
-      if constexpr (S == 1)  // several are streams that the processor looks ahead of by itself
+      if constexpr (S == 1 || kVector == 16)  // elsewhere the processor looks ahead of several streams by itself
+#pragma GCC unroll 4
+        for (int t = 0; t < S; ++t)
 #pragma GCC unroll 8
-        for (int64_t line = 0; line < kBytes; line += kLine) __builtin_prefetch(from[0] + line + kAhead, 0, kNextCache);
+          for (int64_t line = 0; line < kBytes; line += kLine)
+            __builtin_prefetch(from[t] + line + (S == 1 ? kAhead : kTileAhead), 0, kNextCache);
       add_block<Bits, M, S>(x, row, b, from, part);
 #pragma GCC unroll 4
       for (int t = 0; t < S; ++t) from[t] += kBytes;
@@ -179,15 +186,18 @@ void multiply_small(const Fixed& x, const SmallMatrix& w, int64_t begin, int64_t
     }
   };
   int64_t t = begin;
-#if !defined(FASTLLAMA_BYTES)
-  // One row in 8 bits waits for memory: see `dots`. In 4 bits it does not.
-  if (x.rows == 1 && w.bits == 8)
+  auto several = [&](auto bits) {
     for (; t + kTiles <= end; t += kTiles) {
-      f32v several[kTiles][kPieces];
-      small_tile<8, 1, kTiles>(x, 0, w, t, several);
-      for (int i = 0; i < kTiles; ++i) give(0, t + i, several[i]);
+      f32v products[kTiles][kPieces];
+      small_tile<decltype(bits)::value, 1, kTiles>(x, 0, w, t, products);
+      for (int i = 0; i < kTiles; ++i) give(0, t + i, products[i]);
     }
-#endif
+  };
+  // One row waits for memory: see `reads_in_streams`. In 4 bits it does not where sums are of 16-bit integers.
+  if (x.rows == 1 && reads_in_streams()) {
+    if (w.bits == 8) several(std::integral_constant<int, 8>{});
+    else if constexpr (kVector == 16) several(std::integral_constant<int, 4>{});
+  }
   for (; t < end; ++t) {
     for (int64_t p = 0; p < passes; ++p) {  // a tile stays in the cache while all rows pass
       const int64_t row = x.rows * p / passes, rows = x.rows * (p + 1) / passes - row;

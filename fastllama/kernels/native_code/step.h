@@ -141,7 +141,7 @@ class Decoder {
   template <typename Emit>
   static void team(const Operand<T>& x, const Weight<T>& weight, int t, int n, const Emit& emit) {
     if (!weight.small.quants) {
-      const Share part = share(weight.N, t, n);
+      const Share part = share(weight.N, t, n, x.rows > 1 ? kChunk : kTile);
       return multiply(x, weight.plain, part.begin, part.end, emit);
     }
     // Each thread for itself: that takes less than waiting for one another would.
