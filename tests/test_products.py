@@ -24,7 +24,7 @@ from tests import modes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMS = ["native", "native, any rows", "packed", "stock"]
-ROWS = [*range(1, 18), 40]
+ROWS = [*range(1, 18), 40, 50, 70]
 # Odd ones, ones below a vector of 16 or 32 numbers, whole ones, x that takes several blocks of the first cache, and
 # rows of up to 2 KiB and of more, which are read in one stream and in several.
 SIZES = [(1, 1), (3, 5), (7, 31), (33, 33), (64, 64), (50, 97), (5, 1000), (130, 2500)]
@@ -196,6 +196,7 @@ def test_fp16_sums_do_not_overflow_on_the_way():
 
 def test_a_weight_of_several_blocks_is_widened_whole(monkeypatch):
     monkeypatch.setattr(linear, "WIDENED_NUMBERS", 3 * 70)
+    monkeypatch.setattr(linear, "_HAS_FP16", False)
     x, weight, bias = operands(20, 50, 70, torch.float16, True)
     assert_product(many_rows(x, weight, bias), x, weight, bias)
 

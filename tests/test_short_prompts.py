@@ -126,7 +126,7 @@ def test_halves_and_small_weights(dtype, weights, passes, tmp_path):
     ours.preallocate(4, 64, compile="native")
     given = inputs([7, 2, 8])
     found = ours.prefill(**given).float()
-    assert passes == [(4, 4), (4, 4)]
+    assert passes == ([(4, 8)] if native.has_matrix_unit and dtype == torch.bfloat16 else [(4, 4), (4, 4)])
     ours.preallocate(4, 64, compile="no")
     expected = ours.prefill(**given).float()
     rms = (found - expected).square().mean().sqrt() / expected.square().mean().sqrt()

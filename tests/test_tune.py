@@ -107,6 +107,15 @@ def test_the_native_product_takes_few_rows():
         chooser("native", NATIVE_ROWS + 1)
 
 
+def test_a_matrix_unit_takes_more_rows_in_bf16(monkeypatch):
+    monkeypatch.setattr(native, "has_matrix_unit", True)
+    assert chooser("native", 64, dtype=torch.bfloat16)(weight(torch.bfloat16), True) == "native"
+    with pytest.raises(ValueError, match="products='native' cannot be honoured: 65 rows are more than the 64"):
+        chooser("native", 65, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="17 rows are more than the 16"):
+        chooser("native", 17)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 def test_packed_is_refused_where_it_does_not_exist(dtype):
     with pytest.raises(ValueError, match=f"products='packed' cannot be honoured: this torch packs no {dtype} on cpu"):

@@ -15,7 +15,6 @@ from fastllama.decode.cache_device import words as device_words
 from fastllama.decode.context.choose import context_for
 from fastllama.decode.context.choose import words as context_words
 from fastllama.decode.turn import Result, Turn, in_turn, require_free
-from fastllama.kernels.linear import NATIVE_ROWS
 from fastllama.model.capture import CapturedStep
 from fastllama.model.compiled import Buckets, compiled_step
 from fastllama.model.config import FastConfig
@@ -150,7 +149,7 @@ class Reserved:
 
     def widest(self) -> int | None:
         """Tokens of a row that the native step takes at once; None where it does not run."""
-        return None if self._native is None else max(NATIVE_ROWS // self.cache.shape.batch_size, 1)
+        return None if self._native is None else max(self._native.most_rows // self.cache.shape.batch_size, 1)
 
     def few(self, tokens: int) -> int | None:
         """Tokens of a row at a time, where native steps take so many in soonest; None where they do not."""
@@ -174,7 +173,7 @@ class Reserved:
         elif self.weights.prompt_attention.later == "native":
             attention += ", C++ attention of a prompt's later chunks"
         if self._native is not None and self.context is None and whole_prompts:  # a context has its own way with them
-            few = min(_FEW_PASSES * self.widest(), self.config.prefill_chunk or _FEW_PASSES * NATIVE_ROWS)
+            few = min(_FEW_PASSES * self.widest(), self.config.prefill_chunk or _FEW_PASSES * self._native.most_rows)
             attention += f", prompts of up to {few} tokens in native steps"
         attention += device_words(self.config, self.rotary.device)
         return f"{kind}, {how}, {self.weights.words}{attention}{context_words(self.config, self.context)}"

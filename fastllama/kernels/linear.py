@@ -10,14 +10,17 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-NATIVE_ROWS = 16  # beyond, the libraries' many-row products are faster
+from fastllama.kernels import native
+
+NATIVE_ROWS = 16  # beyond, the libraries' many-row products are faster; but see `native_rows`
+UNIT_ROWS = 64
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MANY_ROWS = 16  # rows from which it pays that oneDNN rearranges the weight for the call
 WIDENED_NUMBERS = 2**22  # numbers of a half-precision weight that are widened at a time
 _ROW_HINT = 128  # the packed form for 128 rows is the fastest at every row count
-# Whether oneDNN multiplies bf16 and fp16 on this processor. Where it does not, torch's own product of bf16 for many rows
-# runs at a sixth of fp32's speed (18 x 10^9 operations a second for 120, AMD EPYC family 25 model 1). Where it multiplies
-# fp16 (AVX512-FP16) it sums in fp32, at 182 to 187 x 10^9 operations a second beside 160 to 170 in fp32.
+# Whether oneDNN multiplies bf16 and fp16 on this processor. Where it does not, torch's own product of bf16 for many
+# rows runs at a sixth of fp32's speed (18 x 10^9 operations a second for 120, AMD EPYC family 25 model 1). Where it
+# multiplies fp16 (AVX512-FP16) it sums in fp32, at 182 to 187 x 10^9 operations a second beside 160 to 170 in fp32.
 _HAS_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 _HAS_FP16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
@@ -42,6 +45,14 @@ def _packed_shape(x, handle, bias, out_features):
 _library.impl("linear_packed", _packed_shape, "Meta")
 
 
+def native_rows(dtype: torch.dtype) -> int:
+    """Rows of x that the C++ product is for; once the operators are loaded.
+
+    A matrix unit takes 64 rows in bf16 at 0.8 of the time of torch's product and 16 at 0.6 (11264 x 2048, AMX).
+    """
+    return UNIT_ROWS if native.has_matrix_unit and dtype == torch.bfloat16 else NATIVE_ROWS
+
+
 def rows_of(x: torch.Tensor) -> int:
     """Rows of x [..., K] as a matrix."""
     return x.shape[:-1].numel()
@@ -58,13 +69,13 @@ class Stock(NamedTuple):
 
 
 class Native(NamedTuple):
-    """The C++ operator of native_code, for up to `NATIVE_ROWS` rows. The weight lies as it is."""
+    """The C++ operator of native_code, for up to `native_rows` rows. The weight lies as it is."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if rows_of(x) > NATIVE_ROWS:
+        if rows_of(x) > native_rows(x.dtype):
             return many_rows(x, self.weight, self.bias)
         return torch.ops.fastllama_native.linear_rows(x, self.weight, self.bias)
 

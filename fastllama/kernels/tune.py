@@ -15,7 +15,18 @@ import torch
 
 from fastllama.kernels import native
 from fastllama.kernels.attention import PromptAttention, attend_causal, attend_prompt, has_native_attention
-from fastllama.kernels.linear import NATIVE_DTYPES, NATIVE_ROWS, Native, Packed, Stock, can_pack, hold, let_go, pack
+from fastllama.kernels.linear import (
+    NATIVE_DTYPES,
+    NATIVE_ROWS,
+    Native,
+    Packed,
+    Stock,
+    can_pack,
+    hold,
+    let_go,
+    native_rows,
+    pack,
+)
 from fastllama.kernels.small_kinds import Run, SmallWork
 from fastllama.kernels.small_packed import packed_obstacle
 from fastllama.kernels.small_product import native_obstacle
@@ -56,10 +67,9 @@ class Chooser:
             raise ValueError(f"products='native' cannot be honoured: {native.load() if on_cpu else 'it is for CPUs'}")
         if wanted == "native" and weight.dtype not in NATIVE_DTYPES:
             raise ValueError(f"products='native' cannot be honoured: it has no {weight.dtype}")
-        if wanted == "native" and rows > NATIVE_ROWS:
-            raise ValueError(
-                f"products='native' cannot be honoured: {rows} rows are more than the {NATIVE_ROWS} it is for"
-            )
+        if wanted == "native" and rows > native_rows(weight.dtype):
+            most = native_rows(weight.dtype)
+            raise ValueError(f"products='native' cannot be honoured: {rows} rows are more than the {most} it is for")
         if wanted == "packed" and not small and not can_pack(weight):
             raise ValueError(
                 f"products='packed' cannot be honoured: this torch packs no {weight.dtype} on {weight.device.type}"
@@ -67,7 +77,7 @@ class Chooser:
 
     def __call__(self, weight: torch.Tensor, may_pack: bool) -> str:
         candidates = ["stock"]
-        if self.native and self.rows <= NATIVE_ROWS and weight.dtype in NATIVE_DTYPES:
+        if self.native and self.rows <= native_rows(weight.dtype) and weight.dtype in NATIVE_DTYPES:
             candidates.append("native")
         if may_pack and can_pack(weight):
             candidates.append("packed")

@@ -11,7 +11,7 @@ from fastllama.cache.float_cache import FloatCache
 from fastllama.cache.small_cache import SmallCache
 from fastllama.kernels import native
 from fastllama.kernels.attention import head_obstacle
-from fastllama.kernels.linear import NATIVE_ROWS
+from fastllama.kernels.linear import NATIVE_ROWS, native_rows
 from fastllama.kernels.small_product import TILE, Small, native_obstacle
 from fastllama.kernels.stored import FLOATS
 from fastllama.model.rotary import RotaryTable, is_stateful
@@ -29,7 +29,9 @@ def obstacle(model: nn.Module, shape: CacheShape) -> str | None:
     if shape.dtype not in FLOATS.values():
         return f"the model is in {shape.dtype}"
     if shape.batch_size > NATIVE_ROWS:
-        return f"{shape.batch_size} rows are more than the {NATIVE_ROWS} it is for"
+        native.load()  # which tells how many rows it is for
+        if shape.batch_size > native_rows(shape.dtype):
+            return f"{shape.batch_size} rows are more than the {native_rows(shape.dtype)} it is for"
     if is_stateful(model.model.rotary_emb):
         return f"rope_type {model.model.rotary_emb.rope_type!r} depends on the longest position"
     if head_obstacle(shape.head_dim) is not None:
@@ -91,6 +93,7 @@ class NativeStep:
         offset_B: torch.Tensor | None = None,
     ):
         products = _products(weights)
+        self.most_rows = native_rows(cache.shape.dtype)
         norms = [norm for block in weights.blocks for norm in (block.input_norm, block.post_norm)] + [weights.norm]
         self._step = torch.classes.fastllama_native.Step(
             [_matrix(product) for product in products],
@@ -110,10 +113,9 @@ class NativeStep:
             [weights.heads.scale, *(norm.eps for norm in norms)],
         )
 
-    @staticmethod
-    def takes(rows: int, tokens: int) -> bool:
+    def takes(self, rows: int, tokens: int) -> bool:
         """Whether so many tokens are few enough for one call; for more, the many-row products are faster."""
-        return rows * tokens <= NATIVE_ROWS
+        return rows * tokens <= self.most_rows
 
     def __call__(self, ids_BQ: torch.Tensor) -> torch.Tensor:
         return self._step.run(ids_BQ)

@@ -22,7 +22,7 @@ namespace {
 
 constexpr int64_t kGroup = 16, kStrip = 16, kStepColumns = 32;
 constexpr int kSummedGroups = 4;       // whose sums are kept while a strip passes
-constexpr int64_t kTileUnits = 256;  // of 32 bits: what a tile holds, pairs or sums
+constexpr int64_t kTileUnits = 256;  // of 32 bits: what a whole tile holds, pairs or sums
 constexpr int64_t kTileRow = 64;     // bytes
 
 // Whether the system lets this process use the unit: Linux keeps its registers for those who have asked.
@@ -34,12 +34,12 @@ inline bool has_unit() {
   return granted;
 }
 
-// Every tile 16 rows of 64 bytes, for as long as this lives, in this thread.
+// The unit for as long as this lives, in this thread: tile 4 is W's, the others are x's and sums, `width` rows of x wide.
 class UnitInUse {
  public:
-  UnitInUse() {
+  explicit UnitInUse(int64_t width) {
     alignas(64) uint8_t shape[64] = {1};
-    for (int t = 0; t < 8; ++t) shape[16 + 2 * t] = kTileRow, shape[48 + t] = kGroup;
+    for (int t = 0; t < 8; ++t) shape[16 + 2 * t] = t == 4 ? kTileRow : 4 * width, shape[48 + t] = kGroup;
     _tile_loadconfig(shape);
   }
   ~UnitInUse() { _tile_release(); }
@@ -58,28 +58,34 @@ class Tiles {
   std::vector<float> memory_;
 };
 
-// x as the unit takes it: tiles [groups, steps]. Rows and columns that are missing are zero.
+// x as the unit takes it: tiles [groups, steps]. Rows and columns that are missing are zero. Tiles of up to 8 rows are half
+// as wide: they are read again for every strip.
 class Paired {
  public:
-  int64_t rows = 0, steps = 0;
+  int64_t rows = 0, steps = 0, width = kGroup;
 
   void shape(int64_t M, int64_t K) {
-    rows = M, steps = (K + kStepColumns - 1) / kStepColumns;
-    first_ = tiles_.of(groups() * steps * kTileUnits);
+    rows = M, steps = (K + kStepColumns - 1) / kStepColumns, width = M <= kGroup / 2 ? kGroup / 2 : kGroup;
+    first_ = tiles_.of(groups() * steps * units());
   }
   int64_t groups() const { return (rows + kGroup - 1) / kGroup; }
-  const float* at(int64_t group) const { return first_ + group * steps * kTileUnits; }
+  int64_t units() const { return kStepColumns / 2 * width; }  // of a tile
+  const float* at(int64_t group) const { return first_ + group * steps * units(); }
 
   // One tile: from(m) tells where row m's columns of this step begin, of which there are `count`.
   template <typename From>
   void put(int64_t group, int64_t step, int64_t count, const From& from) {
-    f32v units[kGroup];
+    f32v pairs[kGroup];
     for (int64_t i = 0; i < kGroup; ++i) {
-      units[i] = f32v{};
+      pairs[i] = f32v{};
       const int64_t m = group * kGroup + i;
-      if (m < rows) std::memcpy(&units[i], from(m), std::min(kStepColumns, count) * sizeof(at::BFloat16));
+      if (m < rows) std::memcpy(&pairs[i], from(m), std::min(kStepColumns, count) * sizeof(at::BFloat16));
     }
-    transpose(units, first_ + (group * steps + step) * kTileUnits, kGroup);
+    float* to = first_ + (group * steps + step) * units();
+    if (width == kGroup) return transpose(pairs, to, kGroup);
+    alignas(64) float whole[kTileUnits];
+    transpose(pairs, whole, kGroup);
+    for (int64_t u = 0; u < kGroup; ++u) std::copy(whole + u * kGroup, whole + u * kGroup + width, to + u * width);
   }
 
  private:
@@ -104,40 +110,41 @@ inline Strip padded(const at::BFloat16* w, int64_t N, int64_t K, int64_t n, Tile
   return {to, kTileRow, kStrip * kTileRow};
 }
 
-// sums [G groups, 16 rows of W, 16 rows of x] of a strip and G groups of x, which are `steps` tiles apart. Meanwhile it asks
-// for the next strip, row by row: as one stream of that memory, 16 to 18 GB/s were read where this reads 19 to 23.
+// sums [G groups, 16 rows of W, width] of a strip and G groups of x, from `first` on. Meanwhile it asks for the next strip,
+// row by row: as one stream of that memory, 16 to 18 GB/s were read where this reads 19 to 23.
 template <int G>
-inline void sum_groups(const Strip& w, const float* x, int64_t steps, float* sums) {
+inline void sum_groups(const Strip& w, const Paired& x, int64_t first, float* sums) {
   static_assert(G <= kSummedGroups);
+  const int64_t row = 4 * x.width, next = x.steps * x.units();
   _tile_zero(0);
   if constexpr (G > 1) _tile_zero(1);
   if constexpr (G > 2) _tile_zero(2);
   if constexpr (G > 3) _tile_zero(3);
-  for (int64_t s = 0; s < steps; ++s) {
-    const char* at = w.at + s * w.step;
-    const float* from = x + s * kTileUnits;
+  const float* from = x.at(first);
+  const char* at = w.at;
+  for (int64_t s = 0; s < x.steps; ++s, at += w.step, from += x.units()) {
 #pragma GCC unroll 16
     for (int64_t r = 0; r < kStrip; ++r) __builtin_prefetch(at + (kStrip + r) * w.row, 0, 2);
     _tile_loadd(4, at, w.row);
-    _tile_loadd(5, from, kTileRow);
+    _tile_loadd(5, from, row);
     _tile_dpbf16ps(0, 4, 5);
     if constexpr (G > 1) {
-      _tile_loadd(6, from + steps * kTileUnits, kTileRow);
+      _tile_loadd(6, from + next, row);
       _tile_dpbf16ps(1, 4, 6);
     }
     if constexpr (G > 2) {
-      _tile_loadd(7, from + 2 * steps * kTileUnits, kTileRow);
+      _tile_loadd(7, from + 2 * next, row);
       _tile_dpbf16ps(2, 4, 7);
     }
     if constexpr (G > 3) {
-      _tile_loadd(5, from + 3 * steps * kTileUnits, kTileRow);
+      _tile_loadd(5, from + 3 * next, row);
       _tile_dpbf16ps(3, 4, 5);
     }
   }
-  _tile_stored(0, sums, kTileRow);
-  if constexpr (G > 1) _tile_stored(1, sums + kTileUnits, kTileRow);
-  if constexpr (G > 2) _tile_stored(2, sums + 2 * kTileUnits, kTileRow);
-  if constexpr (G > 3) _tile_stored(3, sums + 3 * kTileUnits, kTileRow);
+  _tile_stored(0, sums, row);
+  if constexpr (G > 1) _tile_stored(1, sums + kTileUnits, row);
+  if constexpr (G > 2) _tile_stored(2, sums + 2 * kTileUnits, row);
+  if constexpr (G > 3) _tile_stored(3, sums + 3 * kTileUnits, row);
 }
 
 }  // namespace

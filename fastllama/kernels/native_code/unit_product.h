@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int64_t kUnitRows = 5;  // rows of x from which on it is faster than vectors, which are up to 4
+constexpr int64_t kUnitRows = 4;  // rows of x from which on it is faster than vectors, which are up to 3
 
 // Rows begin .. end - 1 of W: calls emit(m, n, y). Each thread pairs x for itself: that takes less than waiting for one
 // another.
@@ -21,11 +21,11 @@ void multiply_in_unit(const Operand<at::BFloat16>& x, const Matrix<at::BFloat16>
   thread_local Paired paired;
   thread_local Tiles memory;
   paired.shape(x.rows, x.columns);
-  const int64_t groups = paired.groups(), steps = paired.steps;
+  const int64_t groups = paired.groups();
   for (int64_t g = 0; g < groups; ++g)
-    for (int64_t s = 0, k = 0; s < steps; ++s, k += kStepColumns)
+    for (int64_t s = 0, k = 0; s < paired.steps; ++s, k += kStepColumns)
       paired.put(g, s, x.columns - k, [&](int64_t m) { return x.at(m, k); });
-  const UnitInUse unit;
+  const UnitInUse unit(paired.width);
   for (int64_t n = begin; n < end; n += kStrip) {
     const bool is_whole = n + kStrip <= end && w.K % kStepColumns == 0;
     const Strip strip = is_whole ? Strip{(const char*)(w.weight + n * w.K), w.K * 2, kTileRow}
@@ -33,13 +33,13 @@ void multiply_in_unit(const Operand<at::BFloat16>& x, const Matrix<at::BFloat16>
     for (int64_t g = 0; g < groups; g += kSummedGroups) {
       alignas(64) float sums[kSummedGroups * kTileUnits];
       with_number<kSummedGroups>(groups - g, [&](auto count) {
-        sum_groups<decltype(count)::value>(strip, paired.at(g), steps, sums);
+        sum_groups<decltype(count)::value>(strip, paired, g, sums);
       });
       const int64_t rows = std::min(kStrip, end - n), last = std::min(x.rows, (g + kSummedGroups) * kGroup);
       for (int64_t m = g * kGroup; m < last; ++m) {
         const float* of_m = sums + (m / kGroup - g) * kTileUnits + m % kGroup;
         for (int64_t r = 0; r < rows; ++r)
-          emit(m, n + r, of_m[r * kGroup] + (w.bias ? float(w.bias[n + r]) : 0.f));
+          emit(m, n + r, of_m[r * paired.width] + (w.bias ? float(w.bias[n + r]) : 0.f));
       }
     }
   }
