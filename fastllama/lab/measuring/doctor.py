@@ -111,6 +111,7 @@ def examine(device: torch.device, rough: bool = False, say: Callable[[str], None
         "compiler": _compiler(),
         "native": device.type == "cpu" and reason is None,
         "native_reason": without_paths(reason) if reason else None,
+        "matrix_unit": device.type == "cpu" and native.has_matrix_unit,
         "onednn_packed": [
             name for name, dtype in DTYPES.items() if can_pack(torch.empty(1, dtype=dtype, device=device))
         ],
@@ -149,10 +150,11 @@ def _facts_table(found: dict) -> Table:
     rates = (
         f"{name} {'none' if rate is None else f'{rate:.3g}'}" for name, rate in found["matrix_tflop_per_s"].items()
     )
+    products = f"{'with' if found['cpu_bf16'] else 'without'} bf16 products"
     rows = {
         "processor": processor,
         "threads": str(found["threads"]),
-        "instructions": f"{found['cpu_capability']}, {'with' if found['cpu_bf16'] else 'without'} bf16 products",
+        "instructions": f"{found['cpu_capability']}, {products}{', a matrix unit' if found['matrix_unit'] else ''}",
         "memory free": f"{found['memory_free_gb']:.1f} GB",
     }
     if found["gpu"] is not None:

@@ -4,8 +4,6 @@ Ours is always preallocated, with the native step on a CPU and compiled static o
 vanilla is transformers' own class, eager, in turns with ours.
 """
 
-from typing import Any
-
 from fastllama.lab.measuring import start
 from fastllama.lab.suite import assisted_lines, beside, many_lines, rounds, small_rounds
 from fastllama.lab.suite.line import Bound, Case, Line
@@ -58,9 +56,6 @@ _PROMPT_BOUNDS = tuple(
     for name in ("int8", "int4")
 )
 
-# What several rows are fastest with; one row is faster with the native step.
-_PACKED: dict[str, Any] = {"compile": "static", "products": "packed"}
-
 CPU = (
     Line(
         "160m-fp32",
@@ -97,7 +92,7 @@ CPU = (
         _BATCH,
         (_least("decode_speedup", 1.4), _least("times_one_row", 4)),
         beside.batch,
-        Case(_TINYLLAMA, "bf16", batch_size=8, runs=3, **_PACKED),
+        Case(_TINYLLAMA, "bf16", batch_size=8, runs=3),
     ),
     Line("rows-bf16", _ROWS, _STEP_BOUNDS, rounds.rows, Case(_TINYLLAMA, "bf16", runs=6)),
     Line(
