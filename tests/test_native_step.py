@@ -240,7 +240,7 @@ def test_half_precision_is_no_further_from_fp32_than_vanilla(changes, batch, dty
 
 @pytest.mark.parametrize("counts", [[8] * 12, [4, 5, 16, 3, 2, 17, 20, 21], [64, 32, 4]], ids=str)
 def test_steps_of_several_tokens_in_bf16_are_no_further_from_fp32_than_vanilla(counts):
-    """From five rows on they are multiplied in a matrix unit where there is one, which takes up to 64."""
+    """From four rows on they are multiplied in a matrix unit where there is one, which takes up to 64."""
     wide, ours = pair(initializer_range=0.1)
     wide.to(torch.bfloat16).float(), ours.to(torch.bfloat16)
     theirs, _ = pair(initializer_range=0.1)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from fastllama.kernels import native
 
-NATIVE_ROWS = 16  # beyond, the libraries' many-row products are faster; but see `native_rows`
-UNIT_ROWS = 64
+NATIVE_ROWS = 16  # beyond, the libraries' many-row products are faster
+UNIT_ROWS = 64  # likewise in bf16, where there is a matrix unit: see `native_rows`
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MANY_ROWS = 16  # rows from which it pays that oneDNN rearranges the weight for the call
 WIDENED_NUMBERS = 2**22  # numbers of a half-precision weight that are widened at a time

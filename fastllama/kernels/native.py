@@ -54,7 +54,7 @@ _shapes = torch.library.Library("fastllama_native", "IMPL")  # for the compiler;
 # Of which integers the processor sums products in one instruction: "bytes", "shorts" or "none"; known once the
 # operators are loaded.
 sums_products_of = "none"
-# Whether it multiplies bf16 in a matrix unit (AMX), which takes any number of rows; known likewise.
+# Whether it multiplies several rows of bf16 in a matrix unit (AMX); known likewise.
 has_matrix_unit = False
 
 

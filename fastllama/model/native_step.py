@@ -11,7 +11,7 @@ from fastllama.cache.float_cache import FloatCache
 from fastllama.cache.small_cache import SmallCache
 from fastllama.kernels import native
 from fastllama.kernels.attention import head_obstacle
-from fastllama.kernels.linear import NATIVE_ROWS, native_rows
+from fastllama.kernels.linear import native_rows
 from fastllama.kernels.small_product import TILE, Small, native_obstacle
 from fastllama.kernels.stored import FLOATS
 from fastllama.model.rotary import RotaryTable, is_stateful
@@ -28,10 +28,6 @@ def obstacle(model: nn.Module, shape: CacheShape) -> str | None:
         return "the model is not on a CPU"
     if shape.dtype not in FLOATS.values():
         return f"the model is in {shape.dtype}"
-    if shape.batch_size > NATIVE_ROWS:
-        native.load()  # which tells how many rows it is for
-        if shape.batch_size > native_rows(shape.dtype):
-            return f"{shape.batch_size} rows are more than the {native_rows(shape.dtype)} it is for"
     if is_stateful(model.model.rotary_emb):
         return f"rope_type {model.model.rotary_emb.rope_type!r} depends on the longest position"
     if head_obstacle(shape.head_dim) is not None:
@@ -53,6 +49,8 @@ def obstacle(model: nn.Module, shape: CacheShape) -> str | None:
             return f"a {type(module).__name__} of {type(module).__module__.split('.')[0]} takes part"
         if isinstance(module, SmallLinear) and module.out_features % TILE:
             return f"{module.out_features} rows of small weights are no whole tiles of {TILE}"
+    if native.load() is None and shape.batch_size > (most := native_rows(shape.dtype)):
+        return f"{shape.batch_size} rows are more than the {most} it is for"
     return native.load()
 
 

@@ -12,7 +12,7 @@
 
 #include "vectors.h"
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512F__)
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)  // the last: operands are kept in bf16
 #define FASTLLAMA_UNIT
 
 #include <sys/syscall.h>
@@ -21,7 +21,7 @@
 namespace {
 
 constexpr int64_t kGroup = 16, kStrip = 16, kStepColumns = 32;
-constexpr int kSummedGroups = 4;       // whose sums are kept while a strip passes
+constexpr int kSummedGroups = 4;     // whose sums are kept while a strip passes
 constexpr int64_t kTileUnits = 256;  // of 32 bits: what a whole tile holds, pairs or sums
 constexpr int64_t kTileRow = 64;     // bytes
 

@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int64_t kUnitRows = 4;  // rows of x from which on it is faster than vectors, which are up to 3
+constexpr int64_t kUnitRows = 4;  // of x, from which on the unit is faster than vectors
 
 // Rows begin .. end - 1 of W: calls emit(m, n, y). Each thread pairs x for itself: that takes less than waiting for one
 // another.
