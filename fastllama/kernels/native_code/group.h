@@ -5,8 +5,9 @@
 #pragma once
 
 #include "eight.h"
-#include "lanes.h"
 #include "stored.h"
+#include "unit_lanes.h"
+#include "unit_rows.h"
 
 namespace {
 
@@ -17,6 +18,12 @@ void attend_group(const float* units, float scale, const Keys& keys, const Value
   const auto* query = (const typename Pairs<T, V>::Stored*)units;
   if (R == 1) return attend<T, V, 1>(query, scale, keys, values, begin, end, seen, out);
   if (R == 2) return attend<T, V, 2>(query, scale, keys, values, begin, end, seen, out);
+#if defined(FASTLLAMA_UNIT)
+  if constexpr (kNumbers<T, V> == 2) {
+    if (has_unit() && R <= kLaneRows) return attend_lanes_in_unit<T, V>(units, scale, keys, values, begin, end, seen, R, out);
+    if (has_unit()) return attend_rows_in_unit<T, V>(units, scale, keys, values, begin, end, seen, R, out);
+  }
+#endif
 #if defined(FASTLLAMA_LANES)
   if constexpr (kNumbers<T, V> == 2) {
     if (R <= kLaneRows / 2) return attend_lanes<T, V, kLaneRows / 2>(units, scale, keys, values, begin, end, seen, R, out);

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <vector>
 
@@ -34,17 +35,32 @@ inline bool has_unit() {
   return granted;
 }
 
-// The unit for as long as this lives, in this thread: tile 4 is W's, the others are x's and sums, `width` rows of x wide.
+// What was written before is in memory when tiles are loaded, and at `read` as a whole when they are shaped: gcc does not
+// know that these instructions read it.
+inline void before_tiles(const void* read = nullptr) { asm volatile("" ::"r"(read) : "memory"); }
+
+struct TileShape {
+  int64_t rows, bytes;
+};
+
+// The unit for as long as this lives, in this thread.
 class UnitInUse {
  public:
-  explicit UnitInUse(int64_t width) {
+  explicit UnitInUse(const std::array<TileShape, 8>& tiles) {
     alignas(64) uint8_t shape[64] = {1};
-    for (int t = 0; t < 8; ++t) shape[16 + 2 * t] = t == 4 ? kTileRow : 4 * width, shape[48 + t] = kGroup;
+    for (int t = 0; t < 8; ++t) shape[16 + 2 * t] = tiles[t].bytes, shape[48 + t] = tiles[t].rows;
+    before_tiles(shape);
     _tile_loadconfig(shape);
   }
   ~UnitInUse() { _tile_release(); }
   UnitInUse(const UnitInUse&) = delete;
 };
+
+// Tile 4 is of what is multiplied; 0 to 3 are sums, `width` columns wide, and 5 to 7 the pairs that it is multiplied with.
+constexpr std::array<TileShape, 8> summing(int64_t width) {
+  const TileShape other{kGroup, 4 * width};
+  return {other, other, other, other, TileShape{kGroup, kTileRow}, other, other, other};
+}
 
 // Memory in which tiles begin at a line.
 class Tiles {
@@ -116,6 +132,7 @@ template <int G>
 inline void sum_groups(const Strip& w, const Paired& x, int64_t first, float* sums) {
   static_assert(G <= kSummedGroups);
   const int64_t row = 4 * x.width, next = x.steps * x.units();
+  before_tiles();
   _tile_zero(0);
   if constexpr (G > 1) _tile_zero(1);
   if constexpr (G > 2) _tile_zero(2);

@@ -25,7 +25,7 @@ void multiply_in_unit(const Operand<at::BFloat16>& x, const Matrix<at::BFloat16>
   for (int64_t g = 0; g < groups; ++g)
     for (int64_t s = 0, k = 0; s < paired.steps; ++s, k += kStepColumns)
       paired.put(g, s, x.columns - k, [&](int64_t m) { return x.at(m, k); });
-  const UnitInUse unit(paired.width);
+  const UnitInUse unit(summing(paired.width));
   for (int64_t n = begin; n < end; n += kStrip) {
     const bool is_whole = n + kStrip <= end && w.K % kStepColumns == 0;
     const Strip strip = is_whole ? Strip{(const char*)(w.weight + n * w.K), w.K * 2, kTileRow}
