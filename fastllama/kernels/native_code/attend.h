@@ -32,7 +32,7 @@ inline void ask_for(const T* first, int count) {
 struct Ahead {
   const char* at = nullptr;
   int64_t each = 0;
-  void ask(int64_t first, int64_t end) const {
+  __attribute__((always_inline)) void ask(int64_t first, int64_t end) const {
     for (int64_t byte = first; byte < end; byte += kLine) __builtin_prefetch(at + byte, 0, kNextCache);
   }
 };

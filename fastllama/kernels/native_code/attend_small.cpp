@@ -16,7 +16,8 @@ void attend_small_group(const float* query, float scale, const Run& keys, const 
   attend_small_eight<V>(query, scale, keys, values, begin, end, seen, R, out);
 #else
 #if defined(FASTLLAMA_LANES)
-  if constexpr (V % 2 == 0) {
+  // Intel's multiply rows of a whole vector 1.2 times as fast.
+  if constexpr (V % 2 == 0) if (!is_intel()) {
     if (R <= kLaneRows / 2)
       return attend_small_lanes<V, kLaneRows / 2>(query, scale, keys, values, begin, end, seen, R, out);
     if (R <= kLaneRows) return attend_small_lanes<V, kLaneRows>(query, scale, keys, values, begin, end, seen, R, out);

@@ -9,7 +9,7 @@
 #include <cmath>
 #include <limits>
 
-#include "attend.h"
+#include "strips.h"
 
 namespace {
 
@@ -39,6 +39,7 @@ inline void clear(const Partial& out, int64_t R, int64_t D) {
 // Blocks of a cache of type T, as they lie.
 template <typename T, int V>
 struct Plain {
+  static constexpr bool kLies = true;
   const T* numbers;  // [S, D]
 
   const T* block(int64_t s, int) const { return numbers + s * V * kVector; }
@@ -60,14 +61,15 @@ bool in_pairs(int64_t D) {
 
 // Scores of N query rows against `count` positions, 4 at a time; the last key stands for those that are missing.
 template <typename T, int V, int N>
-inline void score(const typename Pairs<T, V>::Stored* query, const T* keys, int count, const Ahead& ahead, float* scores) {
+inline void score(const typename Pairs<T, V>::Stored* query, const Strips<T>& keys, int count, const Next& next, float* scores) {
   using L = Pairs<T, V>;
   constexpr int D = V * kVector;
   for (int p = 0; p < count; p += 4) {
     f32v totals[N][4] = {};
+    const int strip = p / kStripPositions, first = strip * kStripPositions;
     const T* four[4];
-    for (int i = 0; i < 4; ++i) four[i] = keys + (int64_t)std::min(p + i, count - 1) * D;
-    if (ahead.at) ahead.ask(p * ahead.each, (p + 4) * ahead.each);
+    for (int i = 0; i < 4; ++i) four[i] = keys.at[strip] + (int64_t)(std::min(p + i, count - 1) - first) * D;
+    next.ask(p, p + 4);
 #pragma GCC unroll 8
     for (int d = 0; d < D; d += L::kStep) {
       typename L::Register key[4];
@@ -122,7 +124,7 @@ inline float weigh(float* row, float scale, int64_t visible, float& maximum, f32
 
 // Adds the values of `count` positions, weighted, to up to kRows rows of `mixed`.
 template <typename T, int V, int N>
-inline void mix(const float* weights, const T* values, int count, const Ahead& ahead, const float* keep, float* mixed) {
+inline void mix(const float* weights, const Strips<T>& values, int count, const Next& next, const float* keep, float* mixed) {
   constexpr int kPart = V < 4 ? V : 4;  // vectors at a time: 4 rows of 4 fill half the registers
   for (int first = 0; first < V; first += kPart) {
     f32v total[N][kPart];
@@ -131,16 +133,18 @@ inline void mix(const float* weights, const T* values, int count, const Ahead& a
 #pragma GCC unroll 4
       for (int v = 0; v < kPart; ++v)
         total[r][v] = first + v < V ? Wide<T>::stored(mixed + (r * V + first + v) * kVector) * all(keep[r]) : f32v{};
-    for (int p = 0; p < count; ++p) {
-      if (ahead.at && first == 0) ahead.ask(p * ahead.each, (p + 1) * ahead.each);
-      f32v value[kPart];
+    for (int p = 0; p < count;) {
+      const T* from = values.at[p / kStripPositions] + first * kVector;
+      for (const int end = std::min(count, p + kStripPositions); p < end; ++p, from += V * kVector) {
+        if (first == 0) next.ask(p, p + 1);
+        f32v value[kPart];
 #pragma GCC unroll 4
-      for (int v = 0; v < kPart; ++v)
-        value[v] = first + v < V ? Wide<T>::weight(values + ((int64_t)p * V + first + v) * kVector) : f32v{};
+        for (int v = 0; v < kPart; ++v) value[v] = first + v < V ? Wide<T>::weight(from + v * kVector) : f32v{};
 #pragma GCC unroll 4
-      for (int r = 0; r < N; ++r)
+        for (int r = 0; r < N; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < kPart; ++v) total[r][v] += value[v] * all(weights[r * kBlock + p]);
+          for (int v = 0; v < kPart; ++v) total[r][v] += value[v] * all(weights[r * kBlock + p]);
+      }
     }
 #pragma GCC unroll 4
     for (int r = 0; r < N; ++r)
@@ -159,13 +163,14 @@ void attend(const typename Pairs<T, V>::Stored* query, float scale, const Keys& 
   clear(out, R, D);
   alignas(64) float scores[R * kBlock];
   f32v totals[R] = {};
-  for (int64_t s = begin; s < end; s += kBlock) {
-    const int count = (int)std::min<int64_t>(kBlock, end - s);
-    score<T, V, R>(query, keys.block(s, count), count, keys.ahead(s + kBlock, end), scores);
+  const Order order(Keys::kLies && Values::kLies && reads_in_parts(), begin, end, seen, R);
+  for (int64_t b = 0; b < order.blocks(); ++b) {
+    const int count = order.count(b);
+    score<T, V, R>(query, strips_of<T, D>(keys, order, b), count, Next(keys, order, b + 1), scores);
     float keep[R];
     for (int r = 0; r < R; ++r)
-      keep[r] = weigh(scores + r * kBlock, scale, std::min<int64_t>(count, seen[r] - s), out.maximum[r], totals[r]);
-    mix<T, V, R>(scores, values.block(s, count), count, values.ahead(s + kBlock, end), keep, out.mixed);
+      keep[r] = weigh(scores + r * kBlock, scale, order.visible(b, seen[r]), out.maximum[r], totals[r]);
+    mix<T, V, R>(scores, strips_of<T, D>(values, order, b), count, Next(values, order, b + 1), keep, out.mixed);
   }
   for (int r = 0; r < R; ++r) out.total[r] = sum(totals[r]);
 }

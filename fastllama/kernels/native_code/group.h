@@ -19,10 +19,11 @@ void attend_group(const float* units, float scale, const Keys& keys, const Value
   if (R == 1) return attend<T, V, 1>(query, scale, keys, values, begin, end, seen, out);
   if (R == 2) return attend<T, V, 2>(query, scale, keys, values, begin, end, seen, out);
 #if defined(FASTLLAMA_UNIT)
-  if constexpr (kNumbers<T, V> == 2) {
-    if (has_unit() && R <= kLaneRows) return attend_lanes_in_unit<T, V>(units, scale, keys, values, begin, end, seen, R, out);
-    if (has_unit()) return attend_rows_in_unit<T, V>(units, scale, keys, values, begin, end, seen, R, out);
-  }
+  if constexpr (kNumbers<T, V> == 2)
+    if (has_unit()) {
+      if (R > kLaneRows) return attend_rows_in_unit<T, V>(units, scale, keys, values, begin, end, seen, R, out);
+      return attend_lanes_in_unit<T, V>(units, scale, keys, values, begin, end, seen, R, out);
+    }
 #endif
 #if defined(FASTLLAMA_LANES)
   if constexpr (kNumbers<T, V> == 2) {
@@ -37,19 +38,26 @@ void attend_group(const float* units, float scale, const Keys& keys, const Value
 
 #if defined(FASTLLAMA_SMALL_BLOCKS)
 
-// Query rows that a model in half precision attends with by products of quants; one in fp32 does with two.
+// Query rows, at most, that are multiplied with quants: by a model in fp32, and by one in half precision. From there on it
+// takes less to expand them.
+template <typename T, int V, typename Model>
+int most_small_rows() {
+  if constexpr (std::is_same_v<Model, float>) return 2;
 #if defined(FASTLLAMA_EIGHT)
-constexpr int kMostSmallRows = kEight;
-#else
-constexpr int kMostSmallRows = std::numeric_limits<int>::max();
+  return kEight;
+#elif defined(FASTLLAMA_UNIT)
+  if constexpr (kNumbers<T, V> == 2)
+    if (has_unit()) return 16;
 #endif
+  return std::numeric_limits<int>::max();
+}
 
 // Where both sides of a model in Model are small. `units` as rows of T where T is multiplied in pairs, else fp32.
 template <typename T, int V, typename Model>
 void attend_group(const float* units, float scale, const Expanded<Model, V>& keys, const Expanded<Model, V>& values,
                   int64_t begin, int64_t end, const int64_t* seen, int R, const Partial& out) {
   const bool small = !is_float(keys.run.format) && !is_float(values.run.format);
-  if (!small || R > (std::is_same_v<Model, float> ? 2 : kMostSmallRows))
+  if (!small || R > most_small_rows<T, V, Model>())
     return attend_group<T, V, Expanded<Model, V>, Expanded<Model, V>>(units, scale, keys, values, begin, end, seen, R, out);
   thread_local std::vector<float> wide;
   const float* query = units;

@@ -146,11 +146,30 @@ inline void put(f32v x, T* to) {
   put_rounded(x, to);
 }
 
+#if defined(__AVX512BF16__)
+// 32 quants, which have one scale, of each position in turn.
+template <typename T, Format F, int V>
+inline void expand_pairs(const Run& run, int64_t first, int count, at::BFloat16* to) {
+  for (int64_t s = first; s < first + count; ++s)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v += 2, to += 32) {
+      const f32v by = all(scale<T, F>(run, s, v));
+      f32v low = quants<F>(run, s, v) * by, high = quants<F>(run, s, v + 1) * by;
+      if constexpr (has_least(F)) low += least<F>(run, s, v), high += least<F>(run, s, v);
+      const __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+      __builtin_memcpy(to, &both, sizeof both);
+    }
+}
+#endif
+
 // Positions first .. first + count - 1 of a model in T as numbers [count, D].
 template <typename T, int V, typename To>
 void expand(const Run& run, int64_t first, int count, To* to) {
   for_format(run.format, [&](auto format) {
     constexpr Format F = decltype(format)::value;
+#if defined(__AVX512BF16__)
+    if constexpr (std::is_same_v<To, at::BFloat16> && !is_float(F) && V % 2 == 0) return expand_pairs<T, F, V>(run, first, count, to);
+#endif
     for (int64_t s = first; s < first + count; ++s, to += kVector * V) {
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) {
@@ -174,6 +193,7 @@ using Scratch = std::conditional_t<kVector == 16, T, float>;
 // Blocks of a cache that is not in the model's own type: each is expanded when it is read.
 template <typename T, int V>
 struct Expanded {
+  static constexpr bool kLies = false;
   using To = Scratch<T>;
   Run run;
   To* scratch;  // [kBlock, D]

@@ -16,7 +16,6 @@
 
 namespace {
 
-constexpr int kStrips = kBlock / kStrip;
 constexpr int kLaneTile = kLaneRows * kGroup;  // units: pairs of the query, scores of a strip, weights, or what is mixed
 
 // Tile 0 is scores, 1 the query, 2 keys or values, 3 weights, 4 to 7 what is mixed.
@@ -25,15 +24,10 @@ constexpr std::array<TileShape, 8> attending() {
   return {tall, tall, TileShape{kStrip, kTileRow}, wide, wide, wide, wide, wide};
 }
 
-// Where a block's strips of keys or of values begin.
-struct Strips {
-  const char* at[kStrips];
-};
-
 // What is needed next is asked for while a block is worked on: a line of each strip in turn, at every step. Asked for at
 // once, lines would queue, and what is near would wait behind them.
 struct Spread {
-  Strips keys, values;
+  Strips<char> keys, values;
   int64_t line = 0;
 
   void ask(int rounds) {
@@ -49,20 +43,9 @@ struct Spread {
   }
 };
 
-// Which positions a block has. As long as every row sees all of them, each strip is in a part of its own, so that memory is
-// read in as many streams: that is 1.4 times as fast. The rest are as they lie.
-struct Order {
-  int64_t begin, end, whole;  // whole: blocks whose strips are in parts
-
-  int64_t blocks() const { return whole + (end - begin - whole * kBlock + kBlock - 1) / kBlock; }
-  int64_t first(int64_t block) const { return begin + block * (block < whole ? kStrip : kBlock); }
-  int64_t apart(int64_t block) const { return (block < whole ? whole : 1) * kStrip; }
-  int count(int64_t block) const { return (int)std::min<int64_t>(kBlock, end - begin - block * kBlock); }
-};
-
 // Scores [64, 8] of a block. A quarter of what is needed next is asked for.
-template <int D>
-inline void score_strips(const float* query, const Strips& keys, Spread& spread, float* scores) {
+template <int D, typename T>
+inline void score_strips(const float* query, const Strips<T>& keys, Spread& spread, float* scores) {
   before_tiles();
 #pragma GCC unroll 4
   for (int strip = 0; strip < kStrips; ++strip) {
@@ -70,7 +53,7 @@ inline void score_strips(const float* query, const Strips& keys, Spread& spread,
 #pragma GCC unroll 4
     for (int d = 0; d < D; d += kStepColumns) {
       _tile_loadd(1, query + d / kStepColumns * kLaneTile, 4 * kLaneRows);
-      _tile_loadd(2, keys.at[strip] + 2 * d, 2 * D);
+      _tile_loadd(2, keys.at[strip] + d, 2 * D);
       _tile_dpbf16ps(0, 2, 1);
       spread.ask(1);
     }
@@ -177,8 +160,8 @@ struct Weighing {
 
 // Adds a block's values, weighted, to mixed: tiles [D / 32, 2: even and odd numbers][8, 16]. A quarter of what is needed
 // next is asked for.
-template <int D>
-inline void mix_strips(const int32_t* weights, const Strips& values, Spread& spread, float* mixed) {
+template <int D, typename T>
+inline void mix_strips(const int32_t* weights, const Strips<T>& values, Spread& spread, float* mixed) {
 #pragma GCC unroll 2
   for (int d = 0; d < D; d += 64) {
     const bool both = d + 32 < D;
@@ -190,7 +173,7 @@ inline void mix_strips(const int32_t* weights, const Strips& values, Spread& spr
     if (both) _tile_loadd(7, to + 3 * kLaneTile, kTileRow);
 #pragma GCC unroll 4
     for (int strip = 0; strip < kStrips; ++strip) {
-      const char* from = values.at[strip] + 2 * d;
+      const T* from = values.at[strip] + d;
       const int32_t *lower = weights + 2 * strip * kLaneTile, *upper = lower + kLaneTile;
       _tile_loadd(2, from, 2 * D);
       _tile_loadd(3, lower, kTileRow);
@@ -199,7 +182,7 @@ inline void mix_strips(const int32_t* weights, const Strips& values, Spread& spr
       _tile_dpbf16ps(5, 3, 2);
       spread.ask(1);
       if (!both) continue;
-      _tile_loadd(2, from + 64, 2 * D);
+      _tile_loadd(2, from + 32, 2 * D);
       _tile_dpbf16ps(7, 3, 2);
       _tile_loadd(3, lower, kTileRow);
       _tile_dpbf16ps(6, 3, 2);
@@ -212,27 +195,24 @@ inline void mix_strips(const int32_t* weights, const Strips& values, Spread& spr
   }
 }
 
-// Keys or values of a block; what is not a whole block is copied, with zeros for what is missing.
+// Strips of which none is cut: what is not a whole block is copied, with zeros for what is missing.
 template <int D, typename Source, typename T>
-inline Strips strips_of(const Source& source, const Order& order, int64_t block, T* copy) {
+inline Strips<T> whole_strips(const Source& source, const Order& order, int64_t block, T* copy) {
   const int count = order.count(block);
+  if (count == kBlock) return strips_of<T, D>(source, order, block);
   const T* from = source.block(order.first(block), count);
-  if (count < kBlock) {
-    std::fill(std::copy(from, from + count * D, copy), copy + kBlock * D, T(0.f));
-    from = copy;
-  }
-  Strips strips;
-  for (int i = 0; i < kStrips; ++i) strips.at[i] = (const char*)(from + i * order.apart(block) * D);
+  std::fill(std::copy(from, from + count * D, copy), copy + kBlock * D, T(0.f));
+  Strips<T> strips;
+  for (int i = 0; i < kStrips; ++i) strips.at[i] = copy + i * kStrip * D;
   return strips;
 }
 
 // Where memory is to be asked for a block; the last one stands for those behind it.
 template <typename Source>
-inline Strips ahead_of(const Source& source, const Order& order, int64_t block) {
-  block = std::min(block, order.blocks() - 1);
-  const Ahead ahead = source.ahead(order.first(block), order.end);
-  Strips strips;
-  for (int i = 0; i < kStrips; ++i) strips.at[i] = ahead.at + i * order.apart(block) * ahead.each;
+inline Strips<char> ahead_of(const Source& source, const Order& order, int64_t block) {
+  const Next next(source, order, std::min(block, order.blocks() - 1));
+  Strips<char> strips;
+  std::copy(next.at, next.at + kStrips, strips.at);
   return strips;
 }
 
@@ -241,29 +221,26 @@ template <typename T, int V, typename Keys, typename Values>
 void attend_lanes_in_unit(const float* units, float scale, const Keys& keys, const Values& values, int64_t begin, int64_t end,
                           const int64_t* seen, int R, const Partial& out) {
   constexpr int D = V * 16;
-  constexpr bool in_parts = std::is_same_v<Keys, Plain<T, V>> && std::is_same_v<Values, Plain<T, V>>;
   alignas(64) float query[D / 2 * kLaneRows], scores[2][kBlock * kLaneRows], mixed[kLaneRows * D] = {};
   alignas(64) int32_t weights[2 * kStrips * kLaneTile];
   alignas(64) T copies[2][kBlock * D];
-  const int64_t everyone = std::min(end, *std::min_element(seen, seen + R));
-  const Order order{begin, end, in_parts ? std::max<int64_t>(0, everyone - begin) / kBlock : 0};
+  const Order order(Keys::kLies && Values::kLies, begin, end, seen, R);
   const int64_t blocks = order.blocks();
   take_lanes<D / 2>(units, R, (int32_t*)query);
   const UnitInUse unit(attending());
   Weighing state;
   for (int64_t b = -1; b < blocks; ++b) {
     Spread spread{ahead_of(keys, order, b + 2), ahead_of(values, order, b + 1)};
-    if (b + 1 < blocks) score_strips<D>(query, strips_of<D>(keys, order, b + 1, copies[0]), spread, scores[(b + 1) % 2]);
+    if (b + 1 < blocks) score_strips<D>(query, whole_strips<D>(keys, order, b + 1, copies[0]), spread, scores[(b + 1) % 2]);
     if (b < 0) continue;
     int visible[kLaneRows];
-    if (b < order.whole) std::fill(visible, visible + kLaneRows, kBlock);
-    else see(seen, R, order.first(b), order.count(b), visible);
+    for (int r = 0; r < kLaneRows; ++r) visible[r] = (int)std::max<int64_t>(0, order.visible(b, seen[std::min(r, R - 1)]));
     if (state.template weigh<D>(scores[b % 2], scale, visible, spread, weights))
       for (int i = 0; i < kLaneRows * V; ++i) {
         float* row = mixed + 16 * i;
         store(row, load(row) * all(state.keep[i % kLaneRows]));
       }
-    mix_strips<D>(weights, strips_of<D>(values, order, b, copies[1]), spread, mixed);
+    mix_strips<D>(weights, whole_strips<D>(values, order, b, copies[1]), spread, mixed);
   }
   alignas(64) float sums[16], highest[16];
   store(sums, state.total);
