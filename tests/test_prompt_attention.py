@@ -65,11 +65,15 @@ def test_it_is_torchs_attention(shape, dtype):
     assert error <= 1.1 * allowed + 1e-6
 
 
-def test_positions_that_are_hidden_weigh_nothing():
-    query, keys, values = tensors(torch.float32, tokens=70, spare=20)
-    first = attend_prompt(query[:, :40], keys, values, 0, 0.3)
-    keys[:, :, 40:], values[:, :, 40:] = 1e4, -1e4
-    assert torch.equal(attend_prompt(query[:, :40], keys, values, 0, 0.3), first)
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_positions_behind_the_last_token_are_not_read(dtype, tokens):
+    query, keys, values = tensors(dtype, tokens=390, heads=8, kv_heads=1, spare=20)
+    query = query[:, :tokens]
+    first = attend_prompt(query, keys, values, 340 - tokens, 0.3)
+    keys[:, :, 340:], values[:, :, 340:] = float("nan"), float("nan")
+    assert first.isfinite().all()
+    assert torch.equal(attend_prompt(query, keys, values, 340 - tokens, 0.3), first)
 
 
 def test_scores_far_apart_stay_finite():
