@@ -6,6 +6,7 @@ import torch
 from fastllama import FastConfig
 from fastllama.kernels import native
 from fastllama.model.native_step import NativeStep
+from tests import small
 from tests.tiny import GREEDY, VOCAB, generate, pair
 
 pytestmark = pytest.mark.skipif(native.load() is not None, reason=f"no C++: {native.load()}")
@@ -126,7 +127,8 @@ def test_halves_and_small_weights(dtype, weights, passes, tmp_path):
     ours.preallocate(4, 64, compile="native")
     given = inputs([7, 2, 8])
     found = ours.prefill(**given).float()
-    assert passes == ([(4, 8)] if native.has_matrix_unit and dtype == torch.bfloat16 else [(4, 4), (4, 4)])
+    in_unit = native.has_matrix_unit and dtype == torch.bfloat16 and weights is None
+    assert passes == ([(4, 8)] if in_unit else [(4, 4), (4, 4)])
     ours.preallocate(4, 64, compile="no")
     expected = ours.prefill(**given).float()
     rms = (found - expected).square().mean().sqrt() / expected.square().mean().sqrt()
@@ -172,3 +174,12 @@ def test_the_words_promise_it_only_where_it_happens():
     assert "prompts of up to 16 tokens in native steps" in ours.path
     ours.generate_many([[3, 4, 5]], max_new_tokens=2, **GREEDY)
     assert "native step" in ours.path and "prompts of up to" not in ours.path
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_prompts_over_small_weights_take_few_rows_whatever_multiplies_floats(rows, tmp_path, passes, monkeypatch):
+    monkeypatch.setattr("fastllama.model.native_step.native_rows", lambda dtype: 64)
+    ours = small.load(small.write(tmp_path, dtype=torch.bfloat16), "int8", dtype=torch.bfloat16)
+    ours.preallocate(rows, 64, compile="native")
+    generate(ours, inputs([40] * rows), max_new_tokens=2, **GREEDY)
+    assert set(passes) == {(rows, 1)}
