@@ -66,6 +66,19 @@ def test_outliers_cost_their_own_block_alone(exponent, places, seed):
     assert ((product(x)[0].double() - x[0].double() @ weight.T).abs() <= bound + rounding).all()
 
 
+@pytest.mark.parametrize("rows_of_x", [1, 5, 6, 21, 22, 43])  # 5 and 21 are what one and four tiles of digits hold
+@pytest.mark.parametrize("columns", [32, 96, 1000, 2080])  # whole and half tiles of 64, in parts and behind them
+def test_int8_is_as_fine_as_fp32(rows_of_x, columns):
+    """Where sums of bytes are taken in a matrix unit; elsewhere as fine as 16 bits and a scale for 32 columns."""
+    x = torch.randn(rows_of_x, columns, generator=torch.Generator().manual_seed(columns))
+    product = small(40, columns, "int8", torch.randn(40))
+    bits = 24 if native.has_matrix_unit else 16
+    weight = dequantise(*product[:2], "int8", 40, columns, torch.float32).double()
+    unit = x.abs().amax(-1, keepdim=True).double() * 2.0 ** (1 - bits)
+    bound = 0.52 * unit * weight.abs().sum(-1) + (x.double().abs() @ weight.abs().T) * 4e-7 + 1e-6
+    assert ((product(x).double() - reference(x, product)).abs() <= bound).all()
+
+
 @pytest.mark.parametrize("format", ["int8", "int4"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_stays_visible(format, value):
@@ -118,6 +131,9 @@ def test_many_rows_are_expanded_only_where_that_is_faster(monkeypatch):
         return bool(taken)
 
     monkeypatch.setattr(native, "sums_products_of", "bytes")
+    monkeypatch.setattr(native, "has_matrix_unit", True)
+    assert [expands(rows, torch.bfloat16) for rows in (97, 256, 257)] == [False, False, True]
+    monkeypatch.setattr(native, "has_matrix_unit", False)
     assert [expands(rows, torch.bfloat16) for rows in (16, 17, 96, 97)] == [False, False, False, True]
     assert not expands(400, torch.float32) and not expands(400, torch.float16)
     monkeypatch.setattr(native, "sums_products_of", "shorts")

@@ -29,6 +29,8 @@ EXPANDED_NUMBERS = 2**22  # of a weight, that are widened at a time
 # Rows of x in bf16, for which torch has a product that overtakes sums of bytes; in fp32 and fp16 none does. Measured on
 # 5632 x 2048 and 2048 x 11264, int8 and int4, the widening included: level at 96 to 128 rows, in fp32 ahead at 2048.
 _BF16_ROWS = 96
+# Likewise where there is a matrix unit, which multiplies small weights too.
+_UNIT_ROWS = 256
 # Likewise of x in any dtype and a weight in 4 bits, where sums are of 16-bit integers, beside fp32: 30 ms for 29 at 96
 # rows, 40 for 35 at 128, 79 for 56 at 256. In 8 bits sums stay ahead up to 512 rows, 99 for 106 (5632 x 2048, AVX2).
 _SHORTS_ROWS = 96
@@ -164,7 +166,7 @@ class Small(NamedTuple):
 def expands(rows: int, dtype: torch.dtype, format: str) -> bool:
     """Whether `Small` widens a block of a weight in `format` at a time, for so many rows of x in `dtype`."""
     if native.sums_products_of == "bytes":
-        return dtype == torch.bfloat16 and rows > _BF16_ROWS
+        return dtype == torch.bfloat16 and rows > (_UNIT_ROWS if native.has_matrix_unit else _BF16_ROWS)
     if native.sums_products_of == "shorts":
         return WEIGHTS[format].bits == 4 and rows > _SHORTS_ROWS
     return rows > NATIVE_ROWS

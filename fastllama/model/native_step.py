@@ -11,7 +11,7 @@ from fastllama.cache.float_cache import FloatCache
 from fastllama.cache.small_cache import SmallCache
 from fastllama.kernels import native
 from fastllama.kernels.attention import head_obstacle
-from fastllama.kernels.linear import NATIVE_ROWS, native_rows
+from fastllama.kernels.linear import native_rows
 from fastllama.kernels.small_product import TILE, Small, native_obstacle
 from fastllama.kernels.stored import FLOATS
 from fastllama.model.rotary import RotaryTable, is_stateful
@@ -91,9 +91,7 @@ class NativeStep:
         offset_B: torch.Tensor | None = None,
     ):
         products = _products(weights)
-        # Small weights are multiplied by vectors: the unit's limit is not theirs. Batches that are taken stay taken.
-        small = any(isinstance(product, (Small, SmallTable)) for product in products)
-        self.most_rows = max(NATIVE_ROWS, cache.shape.batch_size) if small else native_rows(cache.shape.dtype)
+        self.most_rows = native_rows(cache.shape.dtype)
         norms = [norm for block in weights.blocks for norm in (block.input_norm, block.post_norm)] + [weights.norm]
         self._step = torch.classes.fastllama_native.Step(
             [_matrix(product) for product in products],

@@ -89,30 +89,4 @@ class Fixed {
   std::vector<int32_t> sum_;
 };
 
-// A row of K numbers of any kind, in blocks that are filled up with zeros.
-template <typename T>
-inline void take_row(Fixed& to, int64_t m, const T* x, int64_t K) {
-  float block[kFixed];
-  for (int64_t k = 0; k < K; k += kFixed) {
-    const int64_t count = std::min(kFixed, K - k);
-    for (int64_t i = 0; i < count; ++i) block[i] = float(x[k + i]);
-    std::fill(block + count, block + kFixed, 0.f);
-    to.put(m, k / kFixed, block);
-  }
-}
-
-// All rows of x as another product's operand holds them.
-template <typename T>
-inline void take_rows(Fixed& to, const Operand<T>& x) {
-  static_assert(kWhole % kFixed == 0);
-  to.shape(x.rows, x.columns);
-  for (int64_t m = 0; m < x.rows; ++m)
-    for (int64_t k = 0; k < x.columns; k += kFixed) {
-      const auto* from = x.at(m, k);
-      float block[kFixed] = {};
-      for (int64_t i = 0; i < std::min(kFixed, x.columns - k); ++i) block[i] = float(from[i]);
-      to.put(m, k / kFixed, block);
-    }
-}
-
 }  // namespace

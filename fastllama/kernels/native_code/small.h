@@ -20,6 +20,11 @@ constexpr int kPieces = kLanes / kVector;           // vectors of a line
 constexpr int kTiles = 4;                           // tiles that are read at once, each a stream, where that is faster
 constexpr int64_t kTileAhead = 512;                 // bytes that each of them is asked for in advance
 
+// Whether the matrix unit is for W in few bits: products of bytes, and of bf16.
+#if defined(FASTLLAMA_UNIT) && defined(FASTLLAMA_BYTES) && defined(__AMX_INT8__)
+#define FASTLLAMA_SMALL_UNIT
+#endif
+
 struct SmallMatrix {
   const uint8_t* quants = nullptr;
   const void* scales = nullptr;  // float [tiles, 16] for 8 bits, half [tiles, K / group, 16] for 4

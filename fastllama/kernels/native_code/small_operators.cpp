@@ -9,11 +9,12 @@
 
 #include "checks.h"
 #include "small_expand.h"
+#include "small_operand.h"
 #include "small_quantise.h"
 
 namespace {
 
-constexpr int64_t kShared = 128;  // rows of x that are kept in fixed point while all of W passes
+constexpr int64_t kShared = 128;  // rows of x that are kept as the product takes them while all of W passes
 
 at::Tensor linear_small(const at::Tensor& input, const at::Tensor& quants, const at::Tensor& scales,
                         const std::optional<at::Tensor>& bias, int64_t bits, int64_t out_features) {
@@ -28,18 +29,18 @@ at::Tensor linear_small(const at::Tensor& input, const at::Tensor& quants, const
   const at::Tensor x = input.contiguous();
   typed(x, [&](auto zero) {
     using T = decltype(zero);
-    thread_local Fixed fixed;
-    Fixed& shared = fixed;  // each thread has one of its own
+    thread_local SmallOperand operand;
+    SmallOperand& shared = operand;  // each thread has one of its own
     for (int64_t row = 0; row < M; row += kShared) {
       const int64_t rows = std::min(kShared, M - row);
       const T* from = x.const_data_ptr<T>() + row * K;
       T* y = out.mutable_data_ptr<T>() + row * w.N;
-      shared.shape(rows, K);
+      shared.shape<T>(w, rows);
       at::parallel_for(0, rows, std::max<int64_t>(1, 65536 / K), [&](int64_t begin, int64_t end) {
-        for (int64_t m = begin; m < end; ++m) take_row(shared, m, from + m * K, K);
+        for (int64_t m = begin; m < end; ++m) shared.put(m, [&](int64_t k) { return from + m * K + k; });
       });
       at::parallel_for(0, w.tiles(), std::max<int64_t>(1, 16384 / (K * rows * kLanes)), [&](int64_t begin, int64_t end) {
-        multiply_small(shared, w, begin, end, [&](int64_t m, int64_t n, float value) { y[m * w.N + n] = T(value); });
+        shared.multiply(w, begin, end, [&](int64_t m, int64_t n, float value) { y[m * w.N + n] = T(value); });
       });
     }
   });

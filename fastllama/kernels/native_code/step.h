@@ -12,6 +12,7 @@
 #include "barrier.h"
 #include "quantise.h"
 #include "small_expand.h"
+#include "small_operand.h"
 
 namespace {
 
@@ -145,10 +146,11 @@ class Decoder {
       return multiply(x, weight.plain, part.begin, part.end, emit);
     }
     // Each thread for itself: that takes less than waiting for one another would.
-    thread_local Fixed fixed;
-    take_rows(fixed, x);
+    thread_local SmallOperand operand;
+    operand.shape<T>(weight.small, x.rows);
+    for (int64_t m = 0; m < x.rows; ++m) operand.put(m, [&](int64_t k) { return x.at(m, k); });
     const Share part = share(weight.small.tiles(), t, n, 1);
-    multiply_small(fixed, weight.small, part.begin, part.end, emit);
+    operand.multiply(weight.small, part.begin, part.end, emit);
   }
 
   // x = weight * T(hidden / rms(hidden)); ends with a barrier.
