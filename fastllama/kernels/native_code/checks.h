@@ -53,7 +53,7 @@ inline SmallMatrix small_matrix(const at::Tensor& quants, const at::Tensor& scal
   w.quants = quants.const_data_ptr<uint8_t>();
   w.scales = scales.const_data_ptr();
   w.bias = bias ? bias->const_data_ptr<float>() : nullptr;
-  w.group = K / scales.size(1);
+  w.groups = scales.size(1), w.group = K / w.groups;
   return w;
 }
 

@@ -29,7 +29,7 @@ struct SmallMatrix {
   const uint8_t* quants = nullptr;
   const void* scales = nullptr;  // float [tiles, 16] for 8 bits, half [tiles, K / group, 16] for 4
   const float* bias = nullptr;
-  int64_t N = 0, K = 0, group = 0;
+  int64_t N = 0, K = 0, group = 0, groups = 0;  // a group of columns shares a scale; of 8 bits it is all of them
   int bits = 0;
 
   int64_t blocks() const { return (K + kFixed - 1) / kFixed; }
@@ -139,7 +139,7 @@ inline void add_block(const Fixed& x, int64_t row, int64_t b, const uint8_t* con
 template <int Bits>
 inline f32v scales_at(const SmallMatrix& w, int64_t tile, int64_t group, int part = 0) {
   if constexpr (Bits == 8) return load((const float*)w.scales + tile * kLanes + kVector * part);
-  else return widened((const at::Half*)w.scales + (tile * (w.K / w.group) + group) * kLanes + kVector * part);
+  else return widened((const at::Half*)w.scales + (tile * w.groups + group) * kLanes + kVector * part);
 }
 
 // S tiles of W: y[t * M + m] = the 16 products of tile t with each of M rows of x, the first of which is `row`.
@@ -150,7 +150,7 @@ void small_tile(const Fixed& x, int64_t row, const SmallMatrix& w, int64_t tile,
   for (int t = 0; t < S; ++t) from[t] = w.quants + (tile + t) * w.tile_bytes();
   const int64_t whole = w.blocks(), each = Bits == 8 ? whole : w.group / kFixed;
   f32v sums[S * M][kPieces] = {};
-  for (int64_t first = 0; first < whole; first += each) {
+  for (int64_t first = 0, group = 0; first < whole; first += each, ++group) {
     f32v part[S * M][kPieces] = {};
     for (int64_t b = first; b < first + each; ++b) {
       if constexpr (S == 1 || kVector == 16)  // elsewhere the processor looks ahead of several streams by itself
@@ -166,7 +166,7 @@ void small_tile(const Fixed& x, int64_t row, const SmallMatrix& w, int64_t tile,
 #pragma GCC unroll 8
     for (int i = 0; i < S * M; ++i)
 #pragma GCC unroll 2
-      for (int h = 0; h < kPieces; ++h) sums[i][h] += part[i][h] * scales_at<Bits>(w, tile + i / M, first / each, h);
+      for (int h = 0; h < kPieces; ++h) sums[i][h] += part[i][h] * scales_at<Bits>(w, tile + i / M, group, h);
   }
   for (int i = 0; i < S * M; ++i)
     for (int h = 0; h < kPieces; ++h) y[i][h] = sums[i][h];

@@ -22,7 +22,7 @@ inline void expand_row(const SmallMatrix& w, int64_t n, T* to) {
       shared = ((const float*)w.scales)[tile * kLanes + lane];
     } else {
       for (int j = 0; j < 4; ++j) numbers[j] = (float)((from[j] & 15) - 8), numbers[4 + j] = (float)((from[j] >> 4) - 8);
-      shared = float(((const at::Half*)w.scales)[(tile * (w.K / w.group) + k / w.group) * kLanes + lane]);
+      shared = float(((const at::Half*)w.scales)[(tile * w.groups + k / w.group) * kLanes + lane]);
     }
     for (int64_t j = 0; j < count; ++j) to[k + j] = T(numbers[j] * shared);
   }

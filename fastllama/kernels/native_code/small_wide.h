@@ -88,7 +88,9 @@ void multiply_wide(const Rowed& x, const SmallMatrix& w, int64_t begin, int64_t 
   alignas(64) float sums[kSummedGroups * kTileUnits];
   // A tile that more rows pass than are summed at once is kept as bf16; else what was multiplied makes room.
   const int64_t groups = x.groups(), kept = groups > kSummedGroups ? x.steps : 2 * kParts;
+  const int64_t place = groups > kSummedGroups ? -1 : 2 * kParts - 1;  // of a step: its bits that tell
   float* wide = memory.of(kept * kTileUnits);
+  const uint32_t each = w.group / kFixed;  // steps with a scale; of 32 bits: a division of 64 takes longer than a product
   const UnitInUse unit = unit_for(x.rows);
   for (int64_t t = begin; t < end; ++t) {
     const uint8_t* from = w.quants + t * w.tile_bytes();
@@ -97,18 +99,18 @@ void multiply_wide(const Rowed& x, const SmallMatrix& w, int64_t begin, int64_t 
 #pragma GCC unroll 8
       for (int64_t line = 0; line < kBytes; line += kLine)
         __builtin_prefetch(from + s * kBytes + line + w.tile_bytes(), 0, kNextCache);
-      expand_step<Bits>(from + s * kBytes, scales_at<Bits>(w, t, Bits == 8 ? 0 : s * kFixed / w.group), to);
+      expand_step<Bits>(from + s * kBytes, scales_at<Bits>(w, t, Bits == 8 ? 0 : (uint32_t)s / each), to);
     };
     for (int64_t g = 0; g < groups; g += kSummedGroups) {
       auto expand_some = [&](int64_t i) {
-        for (int64_t j = i; j < std::min(i + kParts, x.steps); ++j) expand(in_parts(j, x.steps), wide + j % kept * kTileUnits);
+        for (int64_t j = i; j < std::min(i + kParts, x.steps); ++j) expand(in_parts(j, x.steps), wide + (j & place) * kTileUnits);
         before_tiles();
       };
       if (g == 0) expand_some(0);
       auto at = [&](int64_t i) {
         // One turn ahead: a tile that was just written would be waited for.
         if (g == 0 && i % kParts == 0) expand_some(i + kParts);
-        return TilePair{wide + i % kept * kTileUnits, x.at(g, in_parts(i, x.steps))};
+        return TilePair{wide + (i & place) * kTileUnits, x.at(g, in_parts(i, x.steps))};
       };
       with_number<kSummedGroups>(groups - g, [&](auto several) {
         sum_tiles<decltype(several)::value, false>(x.steps, x.steps * kTileBytes, at, sums);
