@@ -175,7 +175,8 @@ void attend(const typename Pairs<T, V>::Stored* query, float scale, const Keys& 
   for (int r = 0; r < R; ++r) out.total[r] = sum(totals[r]);
 }
 
-// A row's shares joined, of which `first` is the first row and each next one `apart` rows later: calls emit(d, value).
+// A row's shares joined, of which `first` is the first row and each next one `apart` rows later: calls emit(d, values) for each
+// vector.
 template <typename Emit>
 inline void join(const Partial& all, int64_t first, int64_t apart, int64_t shares, int64_t D, const Emit& emit) {
   float highest = -std::numeric_limits<float>::max(), total = 0;
@@ -185,10 +186,10 @@ inline void join(const Partial& all, int64_t first, int64_t apart, int64_t share
     weight[c] = std::exp(all.maximum[first + c * apart] - highest);
     total += weight[c] * all.total[first + c * apart];
   }
-  for (int64_t d = 0; d < D; ++d) {
-    float value = 0;
-    for (int64_t c = 0; c < shares; ++c) value += weight[c] * all.mixed[(first + c * apart) * D + d];
-    emit(d, value / total);
+  for (int64_t d = 0; d < D; d += kVector) {
+    f32v values = {};
+    for (int64_t c = 0; c < shares; ++c) values += weight[c] * load(all.mixed + (first + c * apart) * D + d);
+    emit(d, values / total);
   }
 }
 

@@ -74,42 +74,64 @@ class Digits {
   std::vector<int32_t> sums_;
 };
 
-// Tiles begin .. end - 1 of W, of 8 bits: calls emit(m, n, y).
+// Tiles begin .. end - 1 of W, of 8 bits: calls emit(m, n, y). Few rows of x pass two tiles at a time, each in two parts: so
+// memory gives 1.04 to 1.12 times as much as by one tile in four.
 template <typename Emit>
 void multiply_digits(const Digits& x, const SmallMatrix& w, int64_t begin, int64_t end, const Emit& emit) {
   alignas(64) int32_t sums[kSummedGroups * kTileUnits];
-  alignas(64) uint8_t last[kTileBytes] = {};
+  alignas(64) uint8_t last[2][kTileBytes] = {};
   const int64_t half = w.blocks() % 2 * kFixed * kLanes;  // bytes of a last step that is not whole
-  const UnitInUse unit = unit_for(x.rows * kDigits);
-  for (int64_t t = begin; t < end; ++t) {
-    const uint8_t* from = w.quants + t * w.tile_bytes();
-    if (half) std::memcpy(last, from + w.tile_bytes() - half, half);
+  const int64_t bytes = w.tile_bytes(), next = x.steps * kTileBytes;
+  // Products of rows m0 .. m0 + count - 1 and of tile t.
+  auto give = [&](int64_t t, int64_t m0, int64_t count, const int32_t* sums) {
     const f32v scale = scales_at<8>(w, t, 0);
+    const int64_t n = t * kLanes, numbers = std::min(kLanes, w.N - n);
+    for (int64_t m = m0; m < m0 + count; ++m) {
+      auto total = [&](int64_t d) {
+        i32v digits;
+        __builtin_memcpy(&digits, sums + ((m - m0) * kDigits + d) * kLanes, sizeof digits);
+        return floats(digits - 128 * x.sum(m, d));
+      };
+      alignas(64) float y[kLanes];
+      store(y, (total(0) * 65536.f + (total(1) * 256.f + total(2))) * (scale * x.scale(m)));
+      for (int64_t r = 0; r < numbers; ++r) emit(m, n + r, y[r] + (w.bias ? w.bias[n + r] : 0.f));
+    }
+  };
+  auto fill_up = [&](const uint8_t* from, uint8_t* to) {
+    if (half) std::memcpy(to, from + bytes - half, half);
+  };
+  const UnitInUse unit = unit_for(x.rows * kDigits);
+  int64_t t = begin;
+  const int64_t groups = Digits::groups_of(x.rows);
+  for (; groups <= kSummedGroups / 2 && t + 2 <= end; t += 2) {
+    const uint8_t* from = w.quants + t * bytes;
+    for (int i = 0; i < 2; ++i) fill_up(from + i * bytes, last[i]);
+    auto at = [&](int64_t i) {
+      const int64_t s = in_parts<2>(i, x.steps);
+      const uint8_t* tile = from + s * kTileBytes;
+      ask_behind(tile, 2 * bytes);
+      ask_behind(tile, 3 * bytes);
+      const bool is_half = half && s + 1 == x.steps;
+      return TilePair{is_half ? last[0] : tile, x.at(0, s), is_half ? kTileBytes : bytes};
+    };
+    with_number<kSummedGroups / 2>(groups, [&](auto several) { sum_two_tiles<decltype(several)::value>(x.steps, next, at, sums); });
+    for (int i = 0; i < 2; ++i) give(t + i, 0, x.rows, sums + i * groups * kTileUnits);
+  }
+  for (; t < end; ++t) {
+    const uint8_t* from = w.quants + t * bytes;
+    fill_up(from, last[0]);
     for (int64_t m0 = 0; m0 < x.rows; m0 += kDigitRows) {
-      const int64_t count = std::min(kDigitRows, x.rows - m0), n = t * kLanes, numbers = std::min(kLanes, w.N - n);
-      const int64_t group = m0 / kDigitRows * kSummedGroups;
+      const int64_t count = std::min(kDigitRows, x.rows - m0), group = m0 / kDigitRows * kSummedGroups;
       auto at = [&](int64_t i) {
         const int64_t s = in_parts(i, x.steps);
         const uint8_t* tile = from + s * kTileBytes;
-        if (m0 == 0)
-#pragma GCC unroll 16
-          for (int64_t line = 0; line < kTileBytes; line += kLine)
-            __builtin_prefetch(tile + w.tile_bytes() + line, 0, kNextCache);
-        return TilePair{half && s + 1 == x.steps ? last : tile, x.at(group, s)};
+        if (m0 == 0) ask_behind(tile, bytes);
+        return TilePair{half && s + 1 == x.steps ? last[0] : tile, x.at(group, s)};
       };
       with_number<kSummedGroups>(Digits::groups_of(count), [&](auto several) {
-        sum_tiles<decltype(several)::value, true>(x.steps, x.steps * kTileBytes, at, sums);
+        sum_tiles<decltype(several)::value, true>(x.steps, next, at, sums);
       });
-      for (int64_t m = m0; m < m0 + count; ++m) {
-        auto total = [&](int64_t d) {
-          i32v digits;
-          __builtin_memcpy(&digits, sums + ((m - m0) * kDigits + d) * kLanes, sizeof digits);
-          return floats(digits - 128 * x.sum(m, d));
-        };
-        alignas(64) float y[kLanes];
-        store(y, (total(0) * 65536.f + (total(1) * 256.f + total(2))) * (scale * x.scale(m)));
-        for (int64_t r = 0; r < numbers; ++r) emit(m, n + r, y[r] + (w.bias ? w.bias[n + r] : 0.f));
-      }
+      give(t, m0, count, sums);
     }
   }
 }

@@ -4,6 +4,7 @@
 
 #pragma once
 
+#include "rounding.h"
 #include "rows.h"
 #include "small.h"
 

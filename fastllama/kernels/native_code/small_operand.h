@@ -19,7 +19,7 @@ class SmallOperand {
 #if defined(FASTLLAMA_SMALL_UNIT)
     constexpr bool kIsBf16 = std::is_same_v<T, at::BFloat16>;
     if (has_unit()) {
-      if (w.bits == 8 && w.K <= kMostColumns && (M <= kDigitRows || !kIsBf16)) way_ = Way::digits;
+      if (w.bits == 8 && w.K <= kMostColumns && (M <= kGroup || !kIsBf16)) way_ = Way::digits;
       else if (kIsBf16 && M > kAtOnce) way_ = Way::wide;
     }
     if (way_ == Way::digits) return digits_.shape(M, w.K);

@@ -11,6 +11,7 @@
 
 #include "barrier.h"
 #include "quantise.h"
+#include "rounding.h"
 #include "small_expand.h"
 #include "small_operand.h"
 
@@ -162,7 +163,10 @@ class Decoder {
       for (int64_t e = 0; e < E_; ++e) squares += row[e] * row[e];
       const float factor = 1.f / std::sqrt(squares / E_ + epsilon);
       x_.blocks(m, [&](int64_t k, int64_t count, auto* to) {
-        for (int64_t e = 0; e < count; ++e) to[e] = T(float(T(row[k + e] * factor)) * float(weight[k + e]));
+        int64_t e = 0;
+        for (; e + kVector <= count; e += kVector)
+          put_rounded_if_number<T>(rounded_if_number<T>(load(row + k + e) * factor) * widened(weight + k + e), to + e);
+        for (; e < count; ++e) to[e] = T(float(T(row[k + e] * factor)) * float(weight[k + e]));
       });
     }
     barrier_->wait(n);
@@ -180,22 +184,35 @@ class Decoder {
       const T* c = cos + turn;
       const T* s = sin + turn;
       auto rotated = [&](int64_t d) { return from[d] * float(c[d]) + from[d < half ? d + half : d - half] * float(s[d]); };
+      auto rotated_vector = [&](int64_t d) {
+        return load(from + d) * widened(c + d) + load(from + (d < half ? d + half : d - half)) * widened(s + d);
+      };
+      const int64_t in_vectors = half % kVector == 0 ? D : 0;  // none of which is cut by the middle
       if (h < N) {  // row (q, head in the group) of the kv head
         const int64_t row = (b * K + h / G) * G * Q + (h % G) * Q + q;
-        for (int64_t d = 0; d < D; ++d) query_[row * D + d] = float(query_rounded_[row * D + d] = T(rotated(d)));
+        float* wide = &query_[row * D];
+        T* narrow = &query_rounded_[row * D];
+        for (int64_t d = 0; d < in_vectors; d += kVector) {
+          const f32v y = rounded_if_number<T>(rotated_vector(d));
+          store(wide + d, y);
+          put_rounded(y, narrow + d);
+        }
+        for (int64_t d = in_vectors; d < D; ++d) wide[d] = float(narrow[d] = T(rotated(d)));
         seen_[row] = position + 1;
       } else {
         const bool is_key = h < N + K;
         Run run = is_key ? layer.keys.at(b, h - N) : layer.values.at(b, h - N - K);
         auto write = [&](auto* to) {
-          for (int64_t d = 0; d < D; ++d) to[d] = T(is_key ? rotated(d) : from[d]);
+          for (int64_t d = 0; d < in_vectors; d += kVector)
+            put_rounded_if_number<T>(is_key ? rotated_vector(d) : load(from + d), to + d);
+          for (int64_t d = in_vectors; d < D; ++d) to[d] = T(is_key ? rotated(d) : from[d]);
         };
         if (run.format == kFormatOf<T>) {
           write(run.at<T>(0, position));
         } else {
-          float rounded[kMostDims];
-          write(rounded);
-          quantise<T>(rounded, (int)D, run, position);
+          float numbers[kMostDims];
+          write(numbers);
+          quantise<T>(numbers, (int)D, run, position);
         }
       }
     }
@@ -222,7 +239,7 @@ class Decoder {
       const int64_t m = task / sizes.heads, h = task % sizes.heads, b = m / Q, q = m % Q;
       const int64_t pair = b * K + h / G, row = (h % G) * Q + q;
       join({maximum_.data(), total_.data(), mixed_.data()}, pair * chunks_ * R + row, R, chunks_, D,
-           [&](int64_t d, float value) { attended_.put(m, h * D + d, value); });
+           [&](int64_t d, f32v values) { put_rounded_if_number<T>(values, attended_.at(m, h * D + d)); });
     }
     barrier_->wait(n);
   }
@@ -238,9 +255,7 @@ class Decoder {
         for (; i + kVector <= end; i += kVector) {
           const f32v g = load(gate + i), up = load(gate + I + i);
           const f32v e = exp_of(g < 0 ? g : -g);
-          float y[kVector];
-          store(y, g * up * (g < 0 ? e : all(1.f)) / (1.f + e));
-          for (int lane = 0; lane < kVector; ++lane) to[i - k + lane] = T(y[lane]);
+          put_rounded_if_number<T>(g * up * (g < 0 ? e : all(1.f)) / (1.f + e), to + i - k);
         }
         for (; i < end; ++i) to[i - k] = T(gate[i] / (1.f + std::exp(-gate[i])) * gate[I + i]);
       });

@@ -8,6 +8,7 @@
 #include <array>
 
 #include "attention.h"
+#include "rounding.h"
 
 namespace {
 

@@ -35,11 +35,17 @@ void multiply_in_unit(const Operand<at::BFloat16>& x, const Matrix<at::BFloat16>
       with_number<kSummedGroups>(groups - g, [&](auto count) {
         sum_groups<decltype(count)::value>(strip, paired, g, sums);
       });
-      const int64_t rows = std::min(kStrip, end - n), last = std::min(x.rows, (g + kSummedGroups) * kGroup);
-      for (int64_t m = g * kGroup; m < last; ++m) {
-        const float* of_m = sums + (m / kGroup - g) * kTileUnits + m % kGroup;
-        for (int64_t r = 0; r < rows; ++r)
-          emit(m, n + r, of_m[r * paired.width] + (w.bias ? float(w.bias[n + r]) : 0.f));
+      const int64_t rows = std::min(kStrip, end - n);
+      for (int64_t of = g; of < std::min(groups, g + kSummedGroups); ++of) {
+        alignas(64) float turned[kTileUnits];  // [16 rows of x, 16 of W]
+        f32v each[kStrip];
+        const float* from = sums + (of - g) * kTileUnits;
+        for (int64_t r = 0; r < kStrip; ++r, from += paired.width)
+          each[r] = (f32v)_mm512_maskz_loadu_ps(paired.width == kGroup ? 0xFFFF : 0xFF, from);
+        transpose(each, turned, kStrip);
+        for (int64_t i = 0, m = of * kGroup; i < std::min(kGroup, x.rows - m); ++i)
+          for (int64_t r = 0; r < rows; ++r)
+            emit(m + i, n + r, turned[i * kStrip + r] + (w.bias ? float(w.bias[n + r]) : 0.f));
       }
     }
   }

@@ -95,32 +95,6 @@ inline i32v widened(const uint8_t* bytes) {
 #endif
 }
 
-// Numbers that are no NaN, rounded to T. A processor's own instruction for bf16 would flush the smallest ones to zero.
-template <typename T>
-inline void put_rounded(f32v x, T* to) {
-  if constexpr (std::is_same_v<T, float>) {
-    store(to, x);
-  } else if constexpr (std::is_same_v<T, at::BFloat16>) {
-    u32v bits;
-    __builtin_memcpy(&bits, &x, sizeof bits);
-    bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-#if defined(__AVX512F__)
-    const __m256i half = _mm512_cvtepi32_epi16((__m512i)bits);
-#else
-    const u16v half = __builtin_convertvector(bits, u16v);
-#endif
-    __builtin_memcpy(to, &half, sizeof half);
-  } else {
-#if defined(__AVX512F__)
-    _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#elif defined(FASTLLAMA_AVX2)
-    _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
-#else
-    for (int i = 0; i < kVector; ++i) to[i] = T(x[i]);
-#endif
-  }
-}
-
 inline float sum(f32v v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)v);
