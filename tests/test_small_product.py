@@ -46,9 +46,10 @@ def test_it_multiplies_as_the_expanded_weight_does(dtype, format, rows_of_x, row
 
 
 @pytest.mark.parametrize("columns", [1, 31, 33, 100])
-def test_int8_takes_any_number_of_columns(columns):
-    product, x = small(20, columns, "int8"), torch.randn(2, 3, columns)
-    assert error(product(x), reference(x, product)) < 1e-4
+@pytest.mark.parametrize(("rows_of_x", "dtype"), [(6, torch.float32), (6, torch.bfloat16), (40, torch.bfloat16)])
+def test_int8_takes_any_number_of_columns(columns, rows_of_x, dtype):
+    product, x = small(20, columns, "int8"), torch.randn(2, rows_of_x // 2, columns).to(dtype)
+    assert error(product(x), reference(x, product)) < TOLERANCE[dtype]
 
 
 @given(exponent=st.integers(-30, 30), places=st.sets(st.integers(0, 127), max_size=4), seed=st.integers(0, 99))

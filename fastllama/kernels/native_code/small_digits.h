@@ -17,7 +17,7 @@ constexpr int64_t kDigitColumns = 64;
 constexpr int64_t kDigitRows = kSummedGroups * kGroup / kDigits;  // rows of x that are summed while a tile of W passes
 constexpr int64_t kMostColumns = 65536;                          // of which a sum fits 32 bits
 constexpr float kMostOfDigits = 8355584;                         // 127 x 65536 + 127 x 256: no digit is above 127
-constexpr float kLeastOfRow = 1e-31f;                            // where all of a row's numbers are smaller, it counts as zero
+constexpr float kLeastOfRow = 1e-31f;                            // where all of a row is smaller, it counts as zero
 
 class Digits {
  public:
@@ -114,7 +114,9 @@ void multiply_digits(const Digits& x, const SmallMatrix& w, int64_t begin, int64
       const bool is_half = half && s + 1 == x.steps;
       return TilePair{is_half ? last[0] : tile, x.at(0, s), is_half ? kTileBytes : bytes};
     };
-    with_number<kSummedGroups / 2>(groups, [&](auto several) { sum_two_tiles<decltype(several)::value>(x.steps, next, at, sums); });
+    with_number<kSummedGroups / 2>(groups, [&](auto several) {
+      sum_two_tiles<decltype(several)::value>(x.steps, next, at, sums);
+    });
     for (int i = 0; i < 2; ++i) give(t + i, 0, x.rows, sums + i * groups * kTileUnits);
   }
   for (; t < end; ++t) {

@@ -9,6 +9,9 @@
 
 namespace {
 
+// Rows of x in bf16 up to which three products of digits take less than one of bf16 and making W bf16 for it.
+constexpr int64_t kMostInDigits = 16;
+
 // x as the product with W takes it.
 class SmallOperand {
  public:
@@ -19,7 +22,7 @@ class SmallOperand {
 #if defined(FASTLLAMA_SMALL_UNIT)
     constexpr bool kIsBf16 = std::is_same_v<T, at::BFloat16>;
     if (has_unit()) {
-      if (w.bits == 8 && w.K <= kMostColumns && (M <= kGroup || !kIsBf16)) way_ = Way::digits;
+      if (w.bits == 8 && w.K <= kMostColumns && (M <= kMostInDigits || !kIsBf16)) way_ = Way::digits;
       else if (kIsBf16 && M > kAtOnce) way_ = Way::wide;
     }
     if (way_ == Way::digits) return digits_.shape(M, w.K);
@@ -59,7 +62,8 @@ class SmallOperand {
   void multiply(const SmallMatrix& w, int64_t begin, int64_t end, const Emit& emit) const {
 #if defined(FASTLLAMA_SMALL_UNIT)
     if (way_ == Way::digits) return multiply_digits(digits_, w, begin, end, emit);
-    if (way_ == Way::wide) return w.bits == 8 ? multiply_wide<8>(rowed_, w, begin, end, emit) : multiply_wide<4>(rowed_, w, begin, end, emit);
+    if (way_ == Way::wide && w.bits == 8) return multiply_wide<8>(rowed_, w, begin, end, emit);
+    if (way_ == Way::wide) return multiply_wide<4>(rowed_, w, begin, end, emit);
 #endif
     multiply_small(fixed_, w, begin, end, emit);
   }

@@ -12,10 +12,11 @@
 namespace {
 
 constexpr int64_t kTileBytes = 4 * kTileUnits;
-constexpr int64_t kParts = 4;  // of a tile's steps that are read side by side: memory gives several streams faster than one
+// Of a tile's steps, that are read side by side: memory gives several streams faster than one.
+constexpr int64_t kTileParts = 4;
 
 // The step that comes as number i of `steps`: one of every part in turn, then what is left.
-template <int64_t parts = kParts>
+template <int64_t parts = kTileParts>
 inline int64_t in_parts(int64_t i, int64_t steps) {
   const int64_t each = steps / parts;
   return i < parts * each ? i % parts * each + i / parts : i;

@@ -1,6 +1,6 @@
-// y = x W^T + b for a W in few bits and many rows of x in bf16, in the processor's matrix unit: W becomes bf16 a few steps at
-// a time, in the nearest cache. Numbers of 8 bits are bf16 as they are, and their scale comes to the sums; those of 4 bits
-// are scaled and rounded to bf16, as small_expand.h has them.
+// y = x W^T + b for a W in few bits and many rows of x in bf16, in the processor's matrix unit: W becomes bf16 a few steps
+// at a time, in the nearest cache. Numbers of 8 bits are bf16 as they are, and their scale comes to the sums; those of 4
+// bits are scaled and rounded to bf16, as small_expand.h has them.
 //
 // Legend: M rows of x, N rows of W, K columns of both. A step is 32 columns, a group 16 rows of x.
 
@@ -87,8 +87,8 @@ void multiply_wide(const Rowed& x, const SmallMatrix& w, int64_t begin, int64_t 
   thread_local Tiles memory;
   alignas(64) float sums[kSummedGroups * kTileUnits];
   // A tile that more rows pass than are summed at once is kept as bf16; else what was multiplied makes room.
-  const int64_t groups = x.groups(), kept = groups > kSummedGroups ? x.steps : 2 * kParts;
-  const int64_t place = groups > kSummedGroups ? -1 : 2 * kParts - 1;  // of a step: its bits that tell
+  const int64_t groups = x.groups(), kept = groups > kSummedGroups ? x.steps : 2 * kTileParts;
+  const int64_t place = groups > kSummedGroups ? -1 : 2 * kTileParts - 1;  // of a step: its bits that tell
   float* wide = memory.of(kept * kTileUnits);
   const uint32_t each = w.group / kFixed;  // steps with a scale; of 32 bits: a division of 64 takes longer than a product
   const UnitInUse unit = unit_for(x.rows);
@@ -103,13 +103,14 @@ void multiply_wide(const Rowed& x, const SmallMatrix& w, int64_t begin, int64_t 
     };
     for (int64_t g = 0; g < groups; g += kSummedGroups) {
       auto expand_some = [&](int64_t i) {
-        for (int64_t j = i; j < std::min(i + kParts, x.steps); ++j) expand(in_parts(j, x.steps), wide + (j & place) * kTileUnits);
+        for (int64_t j = i; j < std::min(i + kTileParts, x.steps); ++j)
+          expand(in_parts(j, x.steps), wide + (j & place) * kTileUnits);
         before_tiles();
       };
       if (g == 0) expand_some(0);
       auto at = [&](int64_t i) {
         // One turn ahead: a tile that was just written would be waited for.
-        if (g == 0 && i % kParts == 0) expand_some(i + kParts);
+        if (g == 0 && i % kTileParts == 0) expand_some(i + kTileParts);
         return TilePair{wide + (i & place) * kTileUnits, x.at(g, in_parts(i, x.steps))};
       };
       with_number<kSummedGroups>(groups - g, [&](auto several) {
