@@ -82,7 +82,8 @@ void attend_chunk(const Strided<const T>& query, const Side& keys, const Side& v
       const auto [first, b, k, count] = task_of(task);
       for (int64_t r = 0; r < count * G; ++r) {
         T* to = out.at(b, first + r / G, k * G + r % G);
-        join(all, task * shares * rows + r, rows, shares, D, [&](int64_t d, f32v values) { put_rounded_if_number<T>(values, to + d); });
+        join(all, task * shares * rows + r, rows, shares, D,
+             [&](int64_t d, f32v values) { put_rounded_if_number<T>(values, to + d); });
       }
     }
   }
